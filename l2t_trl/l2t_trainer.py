@@ -1,0 +1,295 @@
+"""The trainer: GRPO with token advantages from episode rewards."""
+
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from l2t_trl.advantages import Group, fitting_gains, token_advantages
+from l2t_trl.compression import CompressionPenalty, low_rank_basis, proxy_rank
+from l2t_trl.data.checks import check_rows
+from l2t_trl.episodes import segment, token_bytes
+from l2t_trl.l2t_config import L2TConfig
+from l2t_trl.metrics import summarise, zero_std_share
+from l2t_trl.scoring import Scorer, causal_lm, effective_weight, proxy_module_names
+
+
+STATE_FILE = "l2t_state.safetensors"
+
+
+class L2TTrainer(GRPOTrainer):
+    """
+    Trainer for Learning to Think (L2T), arXiv 2505.10425.
+
+    Everything of [`~trl.GRPOTrainer`] keeps working; what changes is that the advantages of a completion's tokens also
+    follow the episode rewards: what each episode adds to the policy's own probability of the correct answer (fitting
+    gain), less what it writes into the parameters (compression penalty). The data set needs, beside `prompt`, a column
+    with the gold answer (`args.answer_column`).
+
+    Example:
+
+    ```python
+    from l2t_trl import L2TConfig, L2TTrainer
+    from l2t_trl.rewards import accuracy
+
+    trainer = L2TTrainer(
+        model="Qwen/Qwen2.5-3B-Instruct",
+        reward_funcs=accuracy,
+        args=L2TConfig(output_dir="outputs/qwen"),
+        train_dataset=dataset,  # columns "prompt" and "answer"
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, `transformers.PreTrainedModel` or `peft.PeftModel`): the policy, as in [`~trl.GRPOTrainer`].
+        reward_funcs (`Callable` or `list[Callable]`, *optional*): outcome rewards.
+        args ([`L2TConfig`], *optional*): settings.
+        train_dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): questions.
+        eval_dataset (same, or a `dict` of them, *optional*): held-out questions.
+        processing_class (`transformers.PreTrainedTokenizerBase`, *optional*): the tokenizer.
+        kwargs: the other arguments of [`~trl.GRPOTrainer`].
+
+    Raises:
+        ValueError: if rows of the data cannot be used, or an argument has no meaning for episode rewards.
+    """
+
+    _tag_names = ["trl", "l2t"]
+    _name = "L2T"
+    _paper = {
+        "title": "Learning to Think: Information-Theoretic Reinforcement Fine-Tuning for LLMs",
+        "id": "2505.10425",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{wang2025learning,
+                title     = {{Learning to Think: Information-Theoretic Reinforcement Fine-Tuning for LLMs}},
+                author    = {Jingyao Wang and Wenwen Qiang and Zeen Song and Changwen Zheng and Hui Xiong},
+                booktitle = {Advances in Neural Information Processing Systems},
+                year      = 2025,
+                eprint    = {arXiv:2505.10425},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: L2TConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        for name in ("tools", "environment_factory"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"{name} puts tokens into a completion that the policy did not write, which episode rewards cannot "
+                    "be given for. Use GRPOTrainer for it."
+                )
+        if args is None:
+            name = model if isinstance(model, str) else causal_lm(model).config.name_or_path
+            args = L2TConfig(f"{name.split('/')[-1]}-L2T")
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        if self._is_vlm:
+            raise ValueError("L2TTrainer scores text only. Use GRPOTrainer for a vision-language model.")
+        # Without process reward and with advantages that it alone would shape, this is GRPO, to the bit.
+        self.has_process_reward = args.process_reward_coef > 0 or args.advantage_form in ("paper", "episode")
+        if not self.has_process_reward:
+            return
+
+        check = partial(
+            check_rows,
+            tokenizer=self._tokenizer,
+            answer_column=args.answer_column,
+            answer_end=args.answer_probe_end,
+            max_prompt_length=args.max_prompt_length,
+            on_bad_row=args.on_bad_row,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        self.train_dataset = check(self.train_dataset) if self.train_dataset is not None else None
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: check(dataset) for name, dataset in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = check(self.eval_dataset)
+        self._vocabulary = token_bytes(self._tokenizer)
+        self._probe_ids = self._tokenizer(args.answer_probe, add_special_tokens=False)["input_ids"]
+        if not self._probe_ids:
+            raise ValueError(f"answer_probe must tokenise to at least one token, got {args.answer_probe!r}.")
+        self._proxy_names = proxy_module_names(self.model, args.proxy_modules, args.seed)
+        self._penalty = CompressionPenalty(args.fisher_damping, args.fisher_ema, args.penalty_unit)
+        self._scorer = Scorer(self.model)
+        self._has_checked_scorer = False
+        self._bases, self._bases_step = {}, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.has_process_reward:
+            # One infinite reward would take its whole group along; as NaN, TRL leaves it out.
+            is_infinite = rewards.isinf()
+            self._log_l2t({"outcome_infinite/frac": is_infinite.any(1).double().mean().item()})
+            rewards = rewards.masked_fill(is_infinite, torch.nan)
+            outcomes = (rewards * self.reward_weights.to(rewards)).nansum(1)
+            self._outcomes = outcomes.masked_fill(rewards.isnan().all(1), torch.nan)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.has_process_reward:
+            start = time.perf_counter()
+            output["advantages"] = self._token_advantages(output, [row[self.args.answer_column] for row in inputs])
+            self._log_l2t({"scoring_s": time.perf_counter() - start})
+        return output
+
+    def _token_advantages(self, output: dict, answers: list[str]) -> torch.Tensor:
+        """Advantages `(B, T)` of this rank's completions."""
+        args, is_training = self.args, self.model.training
+        prompt_ids = _rows(output["prompt_ids"], output["prompt_mask"])
+        completion_ids = _rows(output["completion_ids"], output["completion_mask"])
+        segments = [segment(ids, self._vocabulary, args.episode_format, args.max_episodes) for ids in completion_ids]
+        spans = [row.spans for row in segments]
+        answer_ids = self._tokenizer(
+            [f"{answer}{args.answer_probe_end}" for answer in answers], add_special_tokens=False
+        )
+        batch_size = args.scoring_batch_size or (
+            args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
+        )
+        with self.accelerator.autocast():
+            scores = self._updated_scorer().score(
+                prompt_ids, completion_ids, spans, self._probe_ids, answer_ids["input_ids"], batch_size
+            )
+
+        device = output["completion_ids"].device
+        span_of_token = _span_of_token(spans, output["completion_ids"].shape[1]).to(device)  # (B, T)
+        is_episode = torch.zeros_like(scores.answer_log_probs, dtype=torch.bool)  # (B, S)
+        is_episode.scatter_(1, span_of_token.clamp(min=0), span_of_token >= 0)
+        correctness = scores.correctness(args.answer_likelihood)
+        gains = fitting_gains(correctness, is_episode)
+        penalties = torch.zeros_like(gains)
+        if args.compression_coef > 0:
+            reduce = partial(self.accelerator.reduce, reduction="sum")
+            _, penalties = self._penalty(scores.gradients, gains, is_episode, reduce, update=is_training)
+        rewards = gains - args.compression_coef * penalties
+
+        num_generations = self.num_generations if is_training else self.num_generations_eval
+        group = Group(num_generations, self.accelerator.gather, self.accelerator.process_index)
+        outcome = self._outcomes[group.rank * len(answers) :][: len(answers)]
+        log_probs = torch.zeros_like(span_of_token, dtype=torch.float32)
+        log_probs[:, : scores.log_probs.shape[1]] = scores.log_probs
+        advantages = token_advantages(
+            args.advantage_form,
+            outcome=outcome,
+            outcome_advantage=output["advantages"],
+            episode_reward=rewards,
+            span_of_token=span_of_token,
+            log_probs=log_probs,
+            process_reward_coef=args.process_reward_coef,
+            group=group,
+            token_credit=args.token_credit,
+            trim_fraction=args.trim_fraction,
+            scale=self.scale_rewards,
+        )
+
+        per_episode = {"fitting_gain": gains, "compression_penalty": penalties, "episode_reward": rewards}
+        last_cut = (~correctness.isnan()).sum(1, keepdim=True) - 1
+        summary = summarise(
+            {
+                "episodes": last_cut[:, 0],
+                "tokens_per_episode": (span_of_token >= 0).sum(1) / is_episode.sum(1).clamp(min=1),
+                "correctness_before": correctness[:, 0],
+                "correctness_after": correctness.gather(1, last_cut)[:, 0],
+                "unmarked": torch.tensor([not row.is_marked for row in segments], device=device),
+            },
+            per_episode,
+            is_episode,
+            self.accelerator.gather,
+        )
+        has_signal = self.accelerator.gather(advantages.abs().amax(1) > 1e-6)
+        signal_share = zero_std_share(self._outcomes, has_signal, num_generations)
+        self._log_l2t({**summary, "zero_std_groups_with_signal/frac": signal_share})
+        if self.log_completions:
+            self._log_episodes(spans, per_episode)
+        return advantages
+
+    def _log_l2t(self, metrics: dict[str, float]) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][f"l2t/{name}"].append(value)
+
+    def _log_episodes(self, spans: list[list[tuple[int, int]]], per_episode: dict[str, torch.Tensor]) -> None:
+        """Columns of the completions table, which hold a list per completion."""
+        columns = {"episode_spans": [[list(span) for span in row] for row in spans]}
+        for name, values in per_episode.items():
+            rows = zip(values.tolist(), spans, strict=True)
+            columns[name] = [[round(value, 4) for value in row[: len(row_spans)]] for row, row_spans in rows]
+        for name, rows in columns.items():
+            # TRL flushes its own buffer of extra columns before advantages are known here.
+            self._logs["extra"][name].extend(gather_object(rows))
+
+    def _updated_scorer(self) -> Scorer:
+        """The scorer, with its proxy decomposed anew when that is due."""
+        args, step = self.args, self.state.global_step
+        if args.compression_coef > 0:
+            age = None if self._bases_step is None else step - self._bases_step
+            if age is None or (self.model.training and 0 < args.proxy_refresh_steps <= age):
+                modules = dict(causal_lm(self.model).named_modules())
+                for name in self._proxy_names:
+                    weight = effective_weight(modules[name])
+                    u, _, v = low_rank_basis(weight, proxy_rank(weight, args.proxy_rank_ratio))
+                    self._bases[name] = (u, v)
+                self._bases_step = step
+                self._penalty.reset()  # its averages are in the old coordinates
+                self._scorer.set_bases(self._bases)
+        if not self._has_checked_scorer:
+            self._scorer.check()
+            self._has_checked_scorer = True
+        return self._scorer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics = self._metrics["train"]
+        if self.model.training and metrics.get("l2t/scoring_s") and metrics.get("step_time"):
+            metrics["l2t/scoring_share"].append(sum(metrics["l2t/scoring_s"]) / sum(metrics["step_time"]))
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.has_process_reward and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state = {f"penalty.{name}": value for name, value in self._penalty.state_dict().items()}
+            for name, (u, v) in self._bases.items():
+                state |= {f"u.{name}": u, f"v.{name}": v}
+            state["bases_step"] = torch.tensor(-1 if self._bases_step is None else self._bases_step)
+            save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.has_process_reward or checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_FILE
+        if not path.exists():
+            raise ValueError(f"{checkpoint} has no {STATE_FILE}: it is not a checkpoint of an L2T run. Start anew.")
+        state = load_file(path, device=str(self.accelerator.device))
+        self._penalty.load_state_dict({name: state[f"penalty.{name}"] for name in CompressionPenalty.STATE})
+        if (step := int(state["bases_step"])) >= 0:
+            self._bases_step = step
+            self._bases = {name: (state[f"u.{name}"], state[f"v.{name}"]) for name in self._proxy_names}
+            self._scorer.set_bases(self._bases)
+
+
+def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """Rows of a padded tensor, without their padding."""
+    return [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.bool().cpu(), strict=True)]
+
+
+def _span_of_token(spans: list[list[tuple[int, int]]], num_tokens: int) -> torch.Tensor:
+    """Index of each token's span, `(B, T)`, -1 behind a completion's end."""
+    rows = torch.full((len(spans), num_tokens), -1)
+    for row, row_spans in zip(rows, spans, strict=True):
+        for index, (start, end) in enumerate(row_spans):
+            row[start:end] = index
+    return rows
