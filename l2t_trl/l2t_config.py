@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from trl import GRPOConfig
 
@@ -168,6 +168,9 @@ class L2TConfig(GRPOConfig):
         require(self.scoring_batch_size is None or self.scoring_batch_size >= 1, "scoring_batch_size", "1 or larger")
         require(self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", "1 or larger")
         require(bool(self.answer_probe), "answer_probe", "a text that elicits the answer, not empty")
+        for name, hint in L2TConfig.__annotations__.items():
+            if get_origin(hint) is Literal:
+                require(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
         if self.proxy_modules is not None:
             try:
                 re.compile(self.proxy_modules)
@@ -182,6 +185,10 @@ class L2TConfig(GRPOConfig):
             raise ValueError(
                 f"loss_type={self.loss_type!r} takes the advantage's sign or mean per completion, which has no meaning "
                 f"for L2T's token advantages. Set loss_type to one of {', '.join(TOKEN_LEVEL_LOSSES)}."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                f"remove_unused_columns=True would drop the column {self.answer_column!r}. Set it to False."
             )
         if self.off_policy_mask_threshold is not None:
             raise ValueError(

@@ -107,10 +107,8 @@ class L2TTrainer(GRPOTrainer):
             check_rows,
             tokenizer=self._tokenizer,
             answer_column=args.answer_column,
-            answer_end=args.answer_probe_end,
             max_prompt_length=args.max_prompt_length,
             on_bad_row=args.on_bad_row,
-            chat_template_kwargs=self.chat_template_kwargs,
         )
         self.train_dataset = check(self.train_dataset) if self.train_dataset is not None else None
         if isinstance(self.eval_dataset, dict):
@@ -166,8 +164,9 @@ class L2TTrainer(GRPOTrainer):
 
         device = output["completion_ids"].device
         span_of_token = _span_of_token(spans, output["completion_ids"].shape[1]).to(device)  # (B, T)
-        is_episode = torch.zeros_like(scores.answer_log_probs, dtype=torch.bool)  # (B, S)
-        is_episode.scatter_(1, span_of_token.clamp(min=0), span_of_token >= 0)
+        num_tokens = torch.zeros_like(scores.answer_log_probs)  # (B, S)
+        num_tokens.scatter_add_(1, span_of_token.clamp(min=0), (span_of_token >= 0).to(num_tokens))
+        is_episode = num_tokens > 0
         correctness = scores.correctness(args.answer_likelihood)
         gains = fitting_gains(correctness, is_episode)
         penalties = torch.zeros_like(gains)

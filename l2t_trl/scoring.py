@@ -33,10 +33,11 @@ Basis = tuple[torch.Tensor, torch.Tensor]
 
 # Elements of the largest intermediate of the tail, (tokens of a chunk) x (vocabulary + MLP width).
 _CHUNK_ELEMENTS = 2**25
-# How far two ways to the same answer token's log-probability, in nats, and to the same hidden states, relatively, may
-# differ before a model is taken to be one that cannot be scored in one pass. Half precision leaves more room.
+_CPU_CHUNK_ELEMENTS = 2**21  # what its caches hold
+# How far two ways to an answer token's log-probability, in nats, and to the same gradients, relatively, may differ before
+# a model is taken to be one that cannot be scored in one pass. Half precision leaves more room.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-_TAIL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Scorer:
         """
         Compare both shortcuts of the pass with plain forwards on a few made-up tokens.
 
-        A tail that does not reproduce the model's log-probabilities is given up with a warning, and gradients take one
+        A tail whose gradients are not those of the whole model is given up with a warning, and gradients take one
         backward pass per episode instead.
 
         Raises:
@@ -147,9 +148,8 @@ class Scorer:
                     "attn_implementation='sdpa' or 'eager'."
                 )
             if self.bases and self._in_tail:
-                rebuilt = self.tail.rebuild(*taps.at(batch.predicting)).float()
-                actual = hidden.flatten(0, 1)[batch.predicting].float()
-                if not (rebuilt - actual).norm() <= _TAIL_TOLERANCE.get(hidden.dtype, 2e-2) * actual.norm():
+                in_tail, everywhere = self._tail_gradients(batch, taps)[1], self._full_gradients(batch, taps)[1]
+                if not (in_tail - everywhere).norm() <= _GRADIENT_TOLERANCE.get(hidden.dtype, 0.2) * everywhere.norm():
                     self.tail, self._in_tail = None, False
         if self.bases and not self._in_tail:
             warnings.warn(
@@ -316,11 +316,12 @@ class Scorer:
                         for chunk in self._chunks(len(targets))
                     ]
                 )
+                outputs = [record[module][1] for module in modules]
+                for span in span_of_token.unique().tolist():
+                    log_prob = log_probs[span_of_token == span].sum()
+                    derivatives = torch.autograd.grad(log_prob, outputs, retain_graph=True)
+                    sums[span] = self._coordinates(modules, record, derivatives).sum(0).detach()
             all_log_probs.append(log_probs.detach())
-            outputs = [record[module][1] for module in modules]
-            for span in span_of_token.unique().tolist():
-                derivatives = torch.autograd.grad(log_probs[span_of_token == span].sum(), outputs, retain_graph=True)
-                sums[span] = self._coordinates(modules, record, derivatives).sum(0)
         return torch.cat(all_log_probs), batch.to_spans(sums)
 
     def _coordinates(self, modules, record, derivatives) -> torch.Tensor:
@@ -345,7 +346,8 @@ class Scorer:
 
     def _chunks(self, num_tokens: int) -> Iterator[slice]:
         width = self.config.vocab_size + 4 * (getattr(self.config, "intermediate_size", None) or 0)
-        size = max(16, _CHUNK_ELEMENTS // width)
+        elements = min(_CHUNK_ELEMENTS, _CPU_CHUNK_ELEMENTS) if self.head_device.type == "cpu" else _CHUNK_ELEMENTS
+        size = max(16, elements // width)
         # At least one chunk, for a batch without a token.
         return (slice(start, start + size) for start in range(0, max(num_tokens, 1), size))
 
