@@ -4,9 +4,9 @@ One L2T step against one GRPO step, in time and peak memory, on the same rollout
     python benchmarks/step.py --model tiny
     python benchmarks/step.py --model smollm2 --batch 8 --tokens 48 --steps 2 --rounds 2
 
-The learning rate is 0, so that both methods sample the very same completions at every step, and the ratio is that of the
-work alone. Each method runs in a process of its own, in turns, and reports its median step and its peak memory; the
-first step of a process, which warms up, is left out.
+The learning rate is 0, so that both methods sample the very same completions at every step, and the ratio is that of
+the work alone. Each method runs in a process of its own, in turns, and reports its median step and its peak memory;
+the first step of a process, which warms up, is left out.
 """
 
 import argparse

@@ -1,20 +1,21 @@
 r"""
 From outcome and episode rewards to token advantages (paper Eq. 2 and 3, Sec. 4.3, Algorithm 1).
 
-The episode reward of span k of completion i is r_prg = fitting gain - compression_coef * compression penalty, and its return
-the sum of the outcome reward and alpha times the episode rewards, alpha being `process_reward_coef`. Four forms turn
-them into advantages `(B, T)`:
+The episode reward of span k of completion i is r_prg = fitting gain - compression_coef * compression penalty, and its
+return the sum of the outcome reward and alpha times the episode rewards, alpha being `process_reward_coef`. Four forms
+turn them into advantages `(B, T)`:
 
-- `"return_to_go"`: the outcome advantage of GRPO plus alpha * (G_k - mean), where G_k = sum of the episode rewards from
-  episode k on, and the mean runs over the group's tokens. Gains telescope, so a preparing episode shares what follows
-  from it, and nothing depends on how a completion was split; once the answer is determined only the cost is left.
+- `"return_to_go"`: the outcome advantage of GRPO plus alpha * (G_k - mean), where G_k = sum of the episode rewards
+  from episode k on, and the mean runs over the group's tokens. Gains telescope, so a preparing episode shares what
+  follows from it, and nothing depends on how a completion was split; once the answer is determined only the cost is
+  left.
 - `"sequence"`: the completion's return, normalised in the group, constant along its tokens.
-- `"episode"`: the same plus (R_k - mean_k R) / std, where R_k = outcome / S_i + alpha * r_prg_k, and the std is that of R
-  over the group's episodes.
-- `"paper"`: R_k spread over the episode's tokens, r_t = w_t R_k; the truncated mean rt of r_t, normalised in the group, is
-  the completion's advantage A; A_t = A * r_t / rt. Guarded twice: the ratio is clipped to [0, 2] and 1 where rt is 0,
-  and it is mirrored, 2 - ratio, where A and rt differ in sign, since it would otherwise punish the best-paid tokens of a
-  below-average completion most.
+- `"episode"`: the same plus (R_k - mean_k R) / std, where R_k = outcome / S_i + alpha * r_prg_k, and the std is that
+  of R over the group's episodes.
+- `"paper"`: R_k spread over the episode's tokens, r_t = w_t R_k; the truncated mean rt of r_t, normalised in the
+  group, is the completion's advantage A; A_t = A * r_t / rt. Guarded twice: the ratio is clipped to [0, 2] and 1 where
+  rt is 0, and it is mirrored, 2 - ratio, where A and rt differ in sign, since it would otherwise punish the best-paid
+  tokens of a below-average completion most.
 
 Legend: B completions here, N over all ranks, G per group, T completion tokens, S spans (padded).
 """

@@ -1,14 +1,14 @@
 r"""
 The compression penalty: what an episode writes into the parameters (paper Eq. 4, Thm. 4.2, Lemma B.1).
 
-With the proxy theta of [`low_rank_basis`], an episode's gradient g_k = grad_theta log pi(z_k | s_k) and the Fisher matrix F
-= E[g g^T], the penalty of a parameter update D_k is the Fisher quadratic form (D_k . g_k)^2. The update is the damped
-natural-gradient step on the episode itself, D_k = eta F^-1 g_k, so that
+With the proxy theta of [`low_rank_basis`], an episode's gradient g_k = grad_theta log pi(z_k | s_k) and the Fisher
+matrix F = E[g g^T], the penalty of a parameter update D_k is the Fisher quadratic form (D_k . g_k)^2. The update is
+the damped natural-gradient step on the episode itself, D_k = eta F^-1 g_k, so that
 
     q_k = g_k^T F^-1 g_k,        C_k = eta^2 q_k^2.
 
-The paper leaves the step size eta open. Here it is calibrated so that an average completion is charged one unit in all,
-eta^2 = unit / mean over completions of sum_k q_k^2, which frees the penalty of the model's scale and of the rank.
+The paper leaves the step size eta open. Here it is calibrated so that an average completion is charged one unit in
+all, eta^2 = unit / mean over completions of sum_k q_k^2, which frees the penalty of the model's scale and of the rank.
 
 Legend: B completions, S spans (episodes and answer span), R proxy coordinates, r rank.
 """

@@ -1,9 +1,10 @@
 r"""
 Splitting a completion into episodes (paper Sec. 4.3, App. G.4).
 
-Everything happens on the sampled token ids: they are mapped to bytes once, the marks are searched in the bytes, and byte
-positions are mapped back to token indices. Decoded text is never encoded again, so that spans always fit the ids. A
-malformed completion is data, not an error: whatever its marks, its spans are ordered, disjoint and cover every token.
+Everything happens on the sampled token ids: they are mapped to bytes once, the marks are searched in the bytes, and
+byte positions are mapped back to token indices. Decoded text is never encoded again, so that spans always fit the ids.
+A malformed completion is data, not an error: whatever its marks, its spans are ordered, disjoint and cover every
+token.
 
 Legend: T completion tokens, K episodes.
 """
@@ -54,7 +55,8 @@ def segment(
     """
     Split a completion into episodes and an answer span.
 
-    Text between two episodes belongs to the one that follows; a token that straddles a border belongs to the one before.
+    Text between two episodes belongs to the one that follows; a token that straddles a border belongs to the one
+    before.
 
     Args:
         completion_ids (`Sequence[int]` of length T):
@@ -98,8 +100,8 @@ def segment(
 
 def token_bytes(tokenizer) -> list[bytes]:
     """
-    Bytes that each token id stands for, for the byte-level (GPT-2, Qwen, Llama 3) and the byte-fallback (SentencePiece)
-    vocabularies of fast tokenizers. Special tokens stand for no bytes: they cannot be part of a mark.
+    Bytes that each token id stands for, for the byte-level (GPT-2, Qwen, Llama 3) and the byte-fallback
+    (SentencePiece) vocabularies of fast tokenizers. Special tokens stand for no bytes: they cannot be part of a mark.
 
     Args:
         tokenizer (`transformers.PreTrainedTokenizerFast`): the policy's tokenizer.

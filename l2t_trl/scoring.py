@@ -2,10 +2,10 @@ r"""
 One scoring pass: log pi of the completions, the predicted correctness J at every cut, and the proxy gradient of every
 episode (paper Sec. 4.2).
 
-A plain causal forward over prompt and completion keeps its key-value cache (phase one). All probes of a completion, one
-copy of probe and answer per cut, then ride in a single short forward against that cache (phase two): each copy sees the
-prefix up to its cut and itself. Nothing quadratic in the completion's length is stored, and the cost does not grow with
-K but by the probes' own tokens.
+A plain causal forward over prompt and completion keeps its key-value cache (phase one). All probes of a completion,
+one copy of probe and answer per cut, then ride in a single short forward against that cache (phase two): each copy
+sees the prefix up to its cut and itself. Nothing quadratic in the completion's length is stored, and the cost does not
+grow with K but by the probes' own tokens.
 
 The gradients follow from what the last decoder layer's MLP is: after it, positions no longer mix. One backward pass
 through the tail (MLP, final norm, lm_head), in chunks of tokens, gives the gradient d_t at the output of each of its
@@ -14,8 +14,8 @@ the proxy,
 
     d log pi(z_t) / d theta_i = (u_i . d_t)(v_i . x_t),        g_k = sum over the tokens t of episode k.
 
-Legend: B completions, L tokens of the longest prompt and completion, T of the longest completion, K episodes, S = K + 1
-spans, Q probe tokens, N completion tokens in all, H hidden size, V vocabulary size, r rank, R sum of the ranks.
+Legend: B completions, L tokens of the longest prompt and completion, T of the longest completion, K episodes, S = K +
+1 spans, Q probe tokens, N completion tokens in all, H hidden size, V vocabulary size, r rank, R sum of the ranks.
 """
 
 import re
@@ -34,8 +34,8 @@ Basis = tuple[torch.Tensor, torch.Tensor]
 # Elements of the largest intermediate of the tail, (tokens of a chunk) x (vocabulary + MLP width).
 _CHUNK_ELEMENTS = 2**25
 _CPU_CHUNK_ELEMENTS = 2**21  # what its caches hold
-# How far two ways to an answer token's log-probability, in nats, and to the same gradients, relatively, may differ before
-# a model is taken to be one that cannot be scored in one pass. Half precision leaves more room.
+# How far two ways to an answer token's log-probability, in nats, and to the same gradients, relatively, may differ
+# before a model is taken to be one that cannot be scored in one pass. Half precision leaves more room.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
