@@ -17,8 +17,8 @@ import time
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from l2t_trl.compression import low_rank_basis, proxy_rank
-from l2t_trl.scoring import Scorer, effective_weight, proxy_module_names
+from l2t_trl.proxy import proxy_bases, proxy_module_names
+from l2t_trl.scoring import Scorer
 
 
 def build_model(layers: int, width: int, vocabulary: int) -> Qwen2ForCausalLM:
@@ -90,12 +90,7 @@ def main():
     args = parser.parse_args()
 
     model = build_model(args.layers, args.width, args.vocabulary)
-    modules = dict(model.named_modules())
-    bases = {}
-    for name in proxy_module_names(model):
-        weight = effective_weight(modules[name])
-        u, _, v = low_rank_basis(weight, proxy_rank(weight, 0.05))
-        bases[name] = (u, v)
+    bases = proxy_bases(model, proxy_module_names(model), 0.05)
     scorer = Scorer(model, bases)
     scorer.check()
     many, few = (

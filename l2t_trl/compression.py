@@ -1,7 +1,7 @@
 r"""
 The compression penalty: what an episode writes into the parameters (paper Eq. 4, Thm. 4.2, Lemma B.1).
 
-With the proxy theta of [`low_rank_basis`], an episode's gradient g_k = grad_theta log pi(z_k | s_k) and the Fisher
+With the proxy theta of [`l2t_trl.proxy`], an episode's gradient g_k = grad_theta log pi(z_k | s_k) and the Fisher
 matrix F = E[g g^T], the penalty of a parameter update D_k is the Fisher quadratic form (D_k . g_k)^2. The update is
 the damped natural-gradient step on the episode itself, D_k = eta F^-1 g_k, so that
 
@@ -10,32 +10,12 @@ the damped natural-gradient step on the episode itself, D_k = eta F^-1 g_k, so t
 The paper leaves the step size eta open. Here it is calibrated so that an average completion is charged one unit in
 all, eta^2 = unit / mean over completions of sum_k q_k^2, which frees the penalty of the model's scale and of the rank.
 
-Legend: B completions, S spans (episodes and answer span), R proxy coordinates, r rank.
+Legend: B completions, S spans (episodes and answer span), R proxy coordinates.
 """
 
 import warnings
 
 import torch
-
-
-def proxy_rank(weight: torch.Tensor, ratio: float) -> int:
-    """Rank of a weight's proxy: `ratio` times its smaller side, rounded down, at least 1."""
-    return max(1, int(ratio * min(weight.shape)))
-
-
-def low_rank_basis(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Truncated singular value decomposition `W ~ U diag(S) V^T` in fp32.
-
-    Args:
-        weight (`torch.Tensor` of shape `(out, in)`): weight matrix.
-        rank (`int`): number of leading singular directions.
-
-    Returns:
-        `U` of shape `(out, rank)`, `S` of shape `(rank,)`, `V` of shape `(in, rank)`.
-    """
-    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    return u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].T.contiguous()
 
 
 def information(gradients: torch.Tensor, fisher: torch.Tensor, damping: float) -> torch.Tensor:

@@ -12,12 +12,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from l2t_trl.advantages import Group, fitting_gains, token_advantages
-from l2t_trl.compression import CompressionPenalty, low_rank_basis, proxy_rank
+from l2t_trl.compression import CompressionPenalty
 from l2t_trl.data.checks import check_rows
 from l2t_trl.episodes import segment, token_bytes
 from l2t_trl.l2t_config import L2TConfig
 from l2t_trl.metrics import summarise, zero_std_share
-from l2t_trl.scoring import Scorer, causal_lm, effective_weight, proxy_module_names
+from l2t_trl.proxy import causal_lm, proxy_bases, proxy_module_names
+from l2t_trl.scoring import Scorer
 
 
 STATE_FILE = "l2t_state.safetensors"
@@ -236,11 +237,7 @@ class L2TTrainer(GRPOTrainer):
         if args.compression_coef > 0:
             age = None if self._bases_step is None else step - self._bases_step
             if age is None or (self.model.training and 0 < args.proxy_refresh_steps <= age):
-                modules = dict(causal_lm(self.model).named_modules())
-                for name in self._proxy_names:
-                    weight = effective_weight(modules[name])
-                    u, _, v = low_rank_basis(weight, proxy_rank(weight, args.proxy_rank_ratio))
-                    self._bases[name] = (u, v)
+                self._bases = proxy_bases(self.model, self._proxy_names, args.proxy_rank_ratio)
                 self._bases_step = step
                 self._penalty.reset()  # its averages are in the old coordinates
                 self._scorer.set_bases(self._bases)

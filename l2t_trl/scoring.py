@@ -18,7 +18,6 @@ Legend: B completions, L tokens of the longest prompt and completion, T of the l
 1 spans, Q probe tokens, N completion tokens in all, H hidden size, V vocabulary size, r rank, R sum of the ranks.
 """
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ from random import Random
 import torch
 from torch import nn
 
+from l2t_trl.proxy import Basis, causal_lm, is_linear
 
-Basis = tuple[torch.Tensor, torch.Tensor]
 
 # Elements of the largest intermediate of the tail, (tokens of a chunk) x (vocabulary + MLP width).
 _CHUNK_ELEMENTS = 2**25
@@ -83,7 +82,7 @@ class Scorer:
             The policy. A PEFT model counts with its adapters.
         bases (`dict[str, tuple[torch.Tensor, torch.Tensor]]`, *optional*):
             Singular vectors `(U, V)` of shapes `(out, r)` and `(in, r)` per proxy module, by module name. Without them
-            no gradients are computed. See [`proxy_module_names`].
+            no gradients are computed. See [`l2t_trl.proxy.proxy_bases`].
 
     Raises:
         ValueError: if probes cannot share the model's forward pass, e.g. because it has no key-value cache.
@@ -352,81 +351,6 @@ class Scorer:
         return (slice(start, start + size) for start in range(0, max(num_tokens, 1), size))
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
-    """
-    The causal language model inside a PEFT wrapper, adapters included, or the model itself.
-
-    Raises:
-        ValueError: for prompt learning, whose virtual tokens are no part of the model inside.
-    """
-    if not hasattr(model, "peft_config"):
-        return model
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise ValueError("Completions cannot be scored under prompt learning (virtual tokens). Use LoRA instead.")
-    return model.get_base_model()
-
-
-def proxy_module_names(model: nn.Module, pattern: str | None = None, seed: int = 0) -> list[str]:
-    """
-    Names of the linear modules whose weights carry the proxy.
-
-    Args:
-        model (`nn.Module`): the policy.
-        pattern (`str`, *optional*):
-            By default the linear layers of the last decoder layer's MLP. Else a regular expression that must match a
-            whole module name, or `"random:SHARE"`: all linear layers of a random share of the decoder layers.
-        seed (`int`, *optional*, defaults to `0`): seed of the random share.
-
-    Raises:
-        ValueError: if no linear layer matches.
-    """
-    model = causal_lm(model)
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    # A LoRA layer wraps linear layers of its own; the outermost carries the effective weight.
-    linear = [name for name in linear if not any(name.startswith(f"{other}.") for other in linear)]
-    layers = _decoder_layers(model)
-    if pattern is None:
-        names = [name for name in linear if layers and name.startswith(f"{layers[-1]}.mlp.")]
-        if layers and any(name == f"{layers[-1]}.mlp.experts" for name, _ in model.named_modules()):
-            raise ValueError(
-                f"The last MLP of {type(model).__name__} is a mixture of experts, whose tokens take different weights. "
-                "Set proxy_modules to a regular expression over linear layers that every token passes, such as those of "
-                "its attention."
-            )
-    elif pattern.startswith("random:"):
-        share = pattern.removeprefix("random:")
-        if not re.fullmatch(r"0?\.\d+|1(\.0*)?", share) or float(share) == 0:
-            raise ValueError(f"proxy_modules 'random:SHARE' takes a share above 0 and at most 1, got {pattern!r}.")
-        chosen = Random(seed).sample(layers, max(1, round(float(share) * len(layers))))
-        names = [name for name in linear if any(name.startswith(f"{layer}.") for layer in chosen)]
-    else:
-        names = [name for name in linear if re.fullmatch(pattern, name)]
-    if not names:
-        examples = ", ".join(name for name in linear if layers and name.startswith(f"{layers[-1]}."))
-        raise ValueError(
-            f"proxy_modules={pattern!r} matches no linear layer of {type(model).__name__}. Set a regular expression that "
-            f"matches whole module names, such as those of its last layer: {examples or ', '.join(linear[-4:])}."
-        )
-    return names
-
-
-def effective_weight(module: nn.Module) -> torch.Tensor:
-    """Weight `(out, in)` with which a linear layer acts, active LoRA adapters merged in, detached, in fp32."""
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    weight = base.weight.detach()
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"A proxy needs a floating-point matrix, got {tuple(weight.shape)} {weight.dtype} from "
-            f"{type(base).__name__}. Load the model without quantization or set proxy_modules to other layers."
-        )
-    weight = weight.float()
-    if base is not module and not module.disable_adapters and not module.merged:
-        for adapter in module.active_adapters:
-            if adapter in module.lora_A:
-                weight = weight + module.get_delta_weight(adapter).detach().float()
-    return weight
-
-
 @contextmanager
 def scoring_mode(model: nn.Module):
     """Evaluation mode and no gradient checkpointing inside, every module's own mode again outside, come what may."""
@@ -437,19 +361,6 @@ def scoring_mode(model: nn.Module):
     finally:
         for module in training:
             module.training = True
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (hasattr(module, "lora_A") and hasattr(module, "get_base_layer"))
-
-
-def _decoder_layers(model: nn.Module) -> list[str]:
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        return []
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    return [f"{prefix}.{index}" for index in range(len(layers))]
 
 
 def _gather_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -565,7 +476,7 @@ class _Tail:
         """The tail of a decoder with the usual names, to be confirmed by [`Scorer.check`]; else `None`."""
         layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
         mlp = getattr(layers[-1], "mlp", None) if isinstance(layers, nn.ModuleList) else None
-        if mlp is None or norm is None or not any(_is_linear(module) for module in mlp.modules()):
+        if mlp is None or norm is None or not any(is_linear(module) for module in mlp.modules()):
             return None
         layer = layers[-1]
         post_norm = getattr(layer, "post_feedforward_layernorm", None)

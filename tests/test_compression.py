@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import literal
-from l2t_trl.compression import CompressionPenalty, information, low_rank_basis, proxy_rank
+from l2t_trl.compression import CompressionPenalty, information
+from l2t_trl.proxy import low_rank_basis, proxy_rank
 
 
 def random_batch(seed: int, num_rows: int, num_spans: int, size: int, scale: float = 1.0):

@@ -11,7 +11,8 @@ from trl import GRPOTrainer
 import literal
 from l2t_trl import L2TTrainer
 from l2t_trl.episodes import segment, token_bytes
-from l2t_trl.scoring import Scorer, proxy_module_names
+from l2t_trl.proxy import proxy_module_names
+from l2t_trl.scoring import Scorer
 from trainers import make_trainer, questions
 
 

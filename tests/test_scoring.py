@@ -10,7 +10,8 @@ import torch
 import literal
 import models
 from l2t_trl import scoring
-from l2t_trl.scoring import Scorer, effective_weight, proxy_module_names
+from l2t_trl.proxy import effective_weight, proxy_module_names
+from l2t_trl.scoring import Scorer
 
 
 # fp32 sums in another order: both sides carry errors of a few 1e-7 of the largest term.

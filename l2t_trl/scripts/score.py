@@ -332,16 +332,11 @@ def _read_model(
     import torch
     from tqdm.auto import tqdm
 
-    from ..compression import low_rank_basis, proxy_rank
-    from ..scoring import Scorer, causal_lm, effective_weight, proxy_module_names
+    from ..proxy import proxy_bases, proxy_module_names
+    from ..scoring import Scorer
 
     try:
-        modules = dict(causal_lm(model).named_modules())
-        bases = {}
-        for name in proxy_module_names(model):
-            weight = effective_weight(modules[name])
-            u, _, v = low_rank_basis(weight, proxy_rank(weight, args.proxy_rank_ratio))
-            bases[name] = (u, v)
+        bases = proxy_bases(model, proxy_module_names(model), args.proxy_rank_ratio)
         scorer = Scorer(model, bases)
         scorer.check()
     except ValueError as error:
