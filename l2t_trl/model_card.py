@@ -5,7 +5,7 @@ from pathlib import Path
 
 def write_model_card(trainer, base_model: str, dataset_name: str, sections: str = "") -> Path:
     """
-    Write `README.md` into the trainer's output folder.
+    Write `README.md` into the trainer's output folder, where it stays as it is from then on.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
@@ -32,4 +32,6 @@ def write_model_card(trainer, base_model: str, dataset_name: str, sections: str 
         text = text.replace(f"`{base_model}`.", f"`{base_model}` on the data set `{dataset_name}`.", 1)
     mark = "### Framework versions"
     path.write_text(text.replace(mark, f"{sections}\n{mark}", 1), encoding="utf-8")
+    # Pushing to the Hub would write TRL's card over this one.
+    trainer.create_model_card = lambda *args, **kwargs: None
     return path

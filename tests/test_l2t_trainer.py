@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 import literal
 from l2t_trl import L2TTrainer
 from l2t_trl.episodes import segment, token_bytes
+from l2t_trl.model_card import write_model_card
 from l2t_trl.proxy import proxy_module_names
 from l2t_trl.scoring import Scorer
 from trainers import make_trainer, questions
@@ -329,6 +330,14 @@ def test_the_model_card_names_the_method(tagged_folder, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "L2T" in card and "2505.10425" in card and "- l2t" in card
     assert "GRPO" not in card.split("## Citations")[0]
+
+
+def test_a_written_model_card_survives_a_push(tagged_folder, tmp_path):
+    trainer = make_trainer(L2TTrainer, tagged_folder, tmp_path)
+    path = write_model_card(trainer, "tiny", "arithmetic", "### Results\n\nSplendid.")
+    trainer.create_model_card(model_name="pushed", dataset_name="arithmetic")  # as push_to_hub does
+    card = path.read_text()
+    assert "Splendid." in card and "`tiny` on the data set `arithmetic`" in card and "2505.10425" in card
 
 
 @pytest.mark.parametrize(
