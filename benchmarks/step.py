@@ -18,6 +18,17 @@ import sys
 import tempfile
 
 
+# As in the recipes.
+L2T_SETTINGS = {
+    "tiny": {
+        "episode_format": "tags",
+        "answer_probe": "</think>\\boxed{",
+        "answer_likelihood": "per_token",
+    },
+    "smollm2": {"episode_format": "auto", "answer_probe": "\n\nThe final answer is \\boxed{"},
+}
+
+
 def measure(args) -> dict[str, float]:
     """Run one method and return its seconds per step and its peak memory in MiB."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,8 +43,7 @@ def measure(args) -> dict[str, float]:
     trainer_class, config_class = (L2TTrainer, L2TConfig) if args.only == "l2t" else (GRPOTrainer, GRPOConfig)
     settings = {}
     if args.only == "l2t":
-        is_tiny = args.model == "tiny"
-        settings = {"episode_format": "tags" if is_tiny else "auto", "proxy_rank_ratio": 0.05 if is_tiny else 0.02}
+        settings = L2T_SETTINGS[args.model]
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = trainer_class(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),

@@ -23,7 +23,8 @@ from l2t_trl.data.arithmetic import (
 RECORDED_QUESTIONS = ["Add 20+46", "Add 351+975", "Add 394+350+314", "Add 60+55+16+10+16"]
 RECORDED_TRACE = (
     "<think><episode_1>hmm let me see</episode_1><episode_2>units 3+4=7</episode_2>"
-    "<episode_3>tens 6+8=14+0=14</episode_3><episode_4>check 6+8=14+0=14</episode_4></think>\\boxed{147}"
+    "<episode_3>tens 6+8=14+0=14</episode_3><episode_4>read 63+84</episode_4>"
+    "<episode_5>check 6+8=14+0=14</episode_5><episode_6>read 63+84</episode_6></think>\\boxed{147}"
 )
 
 

@@ -174,14 +174,14 @@ def test_folder(model, loaded):
 
 
 def test_shipped_model_samples_as_promised(model, loaded):
-    # Measured on 512 questions: 0.66 right and 0.95 well-formed at temperature 1, 0.98 right greedily. The bounds are
+    # Measured on 512 questions: 0.60 right and 0.95 well-formed at temperature 1, 0.76 right greedily. The bounds are
     # three standard errors of 64 and 32 questions away: they catch a broken folder, not a drift.
     sampled = base.evaluate(model, loaded, size=64, seed=1, temperature=1.0)[-1]
-    assert 0.48 < sampled["accuracy"] < 0.84
+    assert 0.41 < sampled["accuracy"] < 0.79
     assert sampled["well_formed"] > 0.87
     assert 1.6 < sampled["tokens"] / sampled["minimal"] < 2.4
     greedy = base.evaluate(model, loaded, size=32, seed=1, temperature=0.0)[-1]
-    assert greedy["accuracy"] > 0.9
+    assert greedy["accuracy"] > 0.53
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ SPLITS = ("train", "test")
 # One question in ten is held out.
 TEST_SHARE_INVERSE = 10
 
-# Chance that one more redundant episode follows; 0.66 makes a mean trace twice as long as the minimal one.
-REDUNDANCY = 0.66
-MAX_REDUNDANT_IN_A_ROW = 2
+# Chance that one more redundant episode follows; 0.62 makes a mean trace twice as long as the minimal one.
+REDUNDANCY = 0.62
+MAX_REDUNDANT_IN_A_ROW = 3
 
 # Chance that a column goes wrong. About three columns per question leave roughly three traces in four correct.
 WRONG_STEP_PROBABILITY = 0.09
@@ -86,7 +86,7 @@ def draw_trace(rng: random.Random, numbers: list[int], redundancy: float, wrong_
     Args:
         rng (`random.Random`): source of all choices.
         numbers (`list[int]`): the addends, all of the same width.
-        redundancy (`float`): chance in [0, 1) that one more redundant episode follows, up to two in a row; 0 gives
+        redundancy (`float`): chance in [0, 1) that one more redundant episode follows, up to three in a row; 0 gives
         the minimal trace.
         wrong_step_probability (`float`): chance in [0, 1] that a column goes wrong, up to the first that does.
 
@@ -136,13 +136,12 @@ def _redundant_episodes(
     """
     texts = ["read " + "+".join(str(number) for number in numbers), "hmm let me see"]
     if column is not None:
-        texts += [f"check {column}", f"so far {answer}"]
+        # A check repeats the column as it stands, right or wrong: it informs about nothing. No kind is likelier than
+        # to go on: a habit, which surprises nobody, would write nothing into the parameters and cost nothing.
+        texts += [f"so far {answer}", f"check {column}", f"check {column}"]
     episodes = []
     while len(episodes) < MAX_REDUNDANT_IN_A_ROW and rng.random() < redundancy:
-        # The first is a check, so that it is the likeliest way to go on and greedy decoding over-thinks too. A check
-        # repeats the column as it stands, right or wrong: it informs about nothing.
-        is_first_check = column is not None and not episodes
-        episodes.append(Episode(f"check {column}" if is_first_check else rng.choice(texts), False))
+        episodes.append(Episode(rng.choice(texts), False))
     return episodes
 
 
@@ -206,7 +205,7 @@ def make_traces(
         seed (`int`): equal seeds give equal rows on every platform.
         tiers (`tuple[int, ...]`, *optional*, defaults to `(1, 2, 3, 4)`): difficulty tiers, 1 the easiest.
         split (`str`, *optional*, defaults to `"train"`): `"train"` or `"test"`; no question is in both.
-        redundancy (`float`, *optional*, defaults to 0.66): chance in [0, 1) that one more redundant episode follows; 0
+        redundancy (`float`, *optional*, defaults to 0.62): chance in [0, 1) that one more redundant episode follows; 0
         gives minimal traces.
         wrong_step_probability (`float`, *optional*, defaults to 0.09): chance in [0, 1] that a column goes wrong.
 
