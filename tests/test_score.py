@@ -519,6 +519,18 @@ def test_few_episodes_for_the_rank_are_warned_of(folder, tmp_path, capsys):
     assert "proxy coordinates" not in capsys.readouterr().err
 
 
+def test_completions_beyond_the_models_positions_are_warned_of(folder, tmp_path, capsys):
+    short = shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    row = {"prompt": "1+1?", "completion": "2" * 20, "answer": "2"}
+    data = write_rows(tmp_path / "in.jsonl", [row, row | {"completion": "2" * 37}])
+    assert score(short, data, tmp_path / "out.jsonl") == 0
+    assert "1 of 2 completions end beyond the 40 positions of the model, that of line 2" in capsys.readouterr().err
+    assert score(folder, data, tmp_path / "out.jsonl") == 0
+    assert "beyond" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -24,7 +24,7 @@ from ..models import resolve_model
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Options with the trainer's names, defaults and help texts.
@@ -147,6 +147,7 @@ def main(args: argparse.Namespace) -> int:
     if problems:
         print(f"l2t score: dropped {_named(problems)} of {args.data}; the first: {problems[0][1]}.", file=sys.stderr)
     model = load_model(model_path, args.dtype)
+    _warn_of_length(rows, model.config.get_text_config(decoder=True))
     results = score_rows(model, tokenizer, rows, args)
     lines = "".join(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n" for result in results)
     _write(args.output, lines)
@@ -157,6 +158,17 @@ def main(args: argparse.Namespace) -> int:
         _write(args.html, render_page(results, f"Episodes of {Path(args.data).name}"))
         print(f"{args.html}: page of the episodes")
     return 0
+
+
+def _warn_of_length(rows: Sequence[Row], config: "PretrainedConfig") -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    too_long = [row.line for row in rows if limit and len(row.prompt_ids) + len(row.completion_ids) > limit]
+    if too_long:
+        print(
+            f"l2t score: {len(too_long)} of {len(rows)} completions end beyond the {limit} positions of the model, that "
+            f"of line {too_long[0]} first; what is said of their ends is a guess.",
+            file=sys.stderr,
+        )
 
 
 def read_rows(path: str | Path) -> tuple[list[Row], list[tuple[int, str]]]:
