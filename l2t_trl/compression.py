@@ -2,12 +2,13 @@ r"""
 The compression penalty: what an episode writes into the parameters (paper Eq. 4, Thm. 4.2, Lemma B.1).
 
 With the proxy theta of [`l2t_trl.proxy`], an episode's gradient g_k = grad_theta log pi(z_k | s_k) and the Fisher
-matrix F = E[g g^T], the penalty of a parameter update D_k is the Fisher quadratic form (D_k . g_k)^2. The update is
-the damped natural-gradient step on the episode itself, D_k = eta F^-1 g_k, so that
+matrix F = E[g g^T], the penalty of a parameter update D_k is the Fisher quadratic form (D_k . g_k)^2. By default the
+update is the damped natural-gradient step on the episode itself, D_k = eta F^-1 g_k, so that
 
     q_k = g_k^T F^-1 g_k,        C_k = eta^2 q_k^2.
 
-The paper leaves the step size eta open. Here it is calibrated so that an average completion is charged one unit in
+It may also be one displacement D of the parameters for all episodes (see [`l2t_trl.sharding`]), eta D; then q_k = D .
+g_k. The paper leaves the step size eta open. Here it is calibrated so that an average completion is charged one unit in
 all, eta^2 = unit / mean over completions of sum_k q_k^2, which frees the penalty of the model's scale and of the rank.
 
 Legend: B completions, S spans (episodes and answer span), R proxy coordinates.
@@ -97,6 +98,7 @@ class CompressionPenalty:
         is_episode: torch.Tensor,
         reduce=lambda sums: sums,
         update: bool = True,
+        displacement: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Penalties of a batch, after it has entered the averages.
@@ -108,13 +110,31 @@ class CompressionPenalty:
             reduce (`Callable`, *optional*): sums a tensor over all ranks.
             update (`bool`, *optional*, defaults to `True`):
                 Whether the averages move. Off in evaluation, unless there are none yet.
+            displacement (`torch.Tensor` of shape `(R,)`, *optional*):
+                D; by default every episode has its own, the natural-gradient step. A displacement of 0 costs nothing
+                and leaves the averages as they are.
 
         Returns:
             Information q and penalty C, both of shape `(B, S)` and 0 outside episodes.
         """
         mask = is_episode.to(gradients.dtype)
-        gradients = gradients * mask[..., None]
+        if displacement is not None and not displacement.any():
+            return torch.zeros_like(mask), torch.zeros_like(mask)
         update = update or self.num_completions == 0
+        if displacement is None:
+            q = self._information(gradients * mask[..., None], reduce, update, mask) * mask
+        else:
+            q = gradients @ displacement.to(gradients) * mask
+        if update:
+            self._add("information_sum", reduce(q.double().square().sum()))
+            self._add("gain_sum", reduce((gains * mask).clamp(min=0).double().sum()))
+            self._add("num_completions", reduce(torch.tensor(len(q), dtype=torch.float64, device=q.device)))
+        mean_square = (self.information_sum / self.num_completions).to(q)
+        unit = 1.0 if self.unit == "absolute" else (self.gain_sum / self.num_completions).to(q)
+        return q, q.square() * unit / mean_square.clamp(min=torch.finfo(q.dtype).tiny)
+
+    def _information(self, gradients: torch.Tensor, reduce, update: bool, mask: torch.Tensor) -> torch.Tensor:
+        """q of every span by the running Fisher matrix, which takes in the batch first."""
         if update:
             flat = gradients.flatten(0, 1).double()
             self._add("fisher_sum", reduce(flat.T @ flat))
@@ -128,16 +148,9 @@ class CompressionPenalty:
                 f"The Fisher matrix of {rank} proxy coordinates rests on {self.effective_episodes:.0f} episodes, and "
                 "every episode tends to the same penalty. Set a lower proxy_rank_ratio, a fisher_ema nearer 1 or a "
                 "larger generation batch.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        q = information(gradients, self.fisher.to(gradients.device), self.damping) * mask
-        if update:
-            self._add("information_sum", reduce(q.double().square().sum()))
-            self._add("gain_sum", reduce((gains * mask).clamp(min=0).double().sum()))
-            self._add("num_completions", reduce(torch.tensor(len(q), dtype=torch.float64, device=q.device)))
-        mean_square = (self.information_sum / self.num_completions).to(q)
-        unit = 1.0 if self.unit == "absolute" else (self.gain_sum / self.num_completions).to(q)
-        return q, q.square() * unit / mean_square.clamp(min=torch.finfo(q.dtype).tiny)
+        return information(gradients, self.fisher.to(gradients.device), self.damping)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         setattr(self, name, getattr(self, name).to(value.device) * self.decay + value)

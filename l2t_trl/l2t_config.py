@@ -63,7 +63,9 @@ class L2TConfig(GRPOConfig):
         fisher_ema (`float`, *optional*, defaults to `0.9`):
             Decay per generation batch of the averages behind the Fisher matrix and the penalty's unit.
         parameter_update (`str`, *optional*, defaults to `"adaptation"`):
-            What theta_k - theta_{k-1} is (Eq. 4): `"adaptation"`, a natural-gradient step on the episode.
+            What theta_k - theta_{k-1} is (Eq. 4): `"adaptation"`, a natural-gradient step on the episode;
+            `"gradient"`, the last optimiser step's gradient; or `"drift"`, what training has moved so far. The latter
+            two are read from each rank's shard of gradients and weights.
         penalty_unit (`str`, *optional*, defaults to `"gain"`):
             What a compression penalty of an average completion amounts to: 1 (`"absolute"`) or its total fitting gain
             (`"gain"`).
@@ -131,7 +133,7 @@ class L2TConfig(GRPOConfig):
     fisher_ema: float = field(
         default=0.9, metadata={"help": "Decay per generation batch of the Fisher matrix and the penalty's unit."}
     )
-    parameter_update: Literal["adaptation"] = field(
+    parameter_update: Literal["adaptation", "gradient", "drift"] = field(
         default="adaptation", metadata={"help": "The parameter update that the penalty measures."}
     )
     penalty_unit: Literal["absolute", "gain"] = field(

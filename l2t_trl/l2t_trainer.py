@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType, broadcast, gather_object
+from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from l2t_trl.advantages import Group, fitting_gains, token_advantages
+from l2t_trl.checkpoints import RANK_FILE, STATE_FILE, load_ranks, pack_batches, save_tensors, unpack_batches
 from l2t_trl.compression import CompressionPenalty
 from l2t_trl.data.checks import check_rows
 from l2t_trl.episodes import segment, token_bytes
@@ -19,9 +20,7 @@ from l2t_trl.l2t_config import L2TConfig
 from l2t_trl.metrics import summarise, zero_std_share
 from l2t_trl.proxy import causal_lm, proxy_bases, proxy_module_names
 from l2t_trl.scoring import Scorer
-
-
-STATE_FILE = "l2t_state.safetensors"
+from l2t_trl.sharding import ShardedProxy, before_every_step
 
 
 class L2TTrainer(GRPOTrainer):
@@ -104,6 +103,11 @@ class L2TTrainer(GRPOTrainer):
         if not self.has_process_reward:
             return
 
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "FSDP shards weights in a way that the scoring pass cannot read. Shard with DeepSpeed instead, e.g. "
+                "--accelerate_config zero3."
+            )
         check = partial(
             check_rows,
             tokenizer=self._tokenizer,
@@ -125,6 +129,15 @@ class L2TTrainer(GRPOTrainer):
         self._scorer = Scorer(self.model)
         self._has_checked_scorer = False
         self._bases, self._bases_step = {}, None
+        modules = dict(causal_lm(self.model).named_modules())
+        self._sharded_proxy = ShardedProxy(
+            {name: modules[name] for name in self._proxy_names},
+            partial(self.accelerator.reduce, reduction="sum"),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self._last_gradient: torch.Tensor | None = None  # its proxy coordinates
+        self._watches_engine = False
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -173,7 +186,8 @@ class L2TTrainer(GRPOTrainer):
         penalties = torch.zeros_like(gains)
         if args.compression_coef > 0:
             reduce = partial(self.accelerator.reduce, reduction="sum")
-            _, penalties = self._penalty(scores.gradients, gains, is_episode, reduce, update=is_training)
+            displacement = self._displacement(scores.gradients.shape[-1])
+            _, penalties = self._penalty(scores.gradients, gains, is_episode, reduce, is_training, displacement)
         rewards = gains - args.compression_coef * penalties
 
         num_generations = self.num_generations if is_training else self.num_generations_eval
@@ -216,6 +230,36 @@ class L2TTrainer(GRPOTrainer):
             self._log_episodes(spans, per_episode)
         return advantages
 
+    def _displacement(self, rank: int) -> torch.Tensor | None:
+        """theta_k - theta_{k-1} where it is the same for all episodes, `(R,)`; 0 until there is one."""
+        update = self.args.parameter_update
+        if update == "adaptation":
+            return None
+        if update == "gradient":
+            last = self._last_gradient
+            return torch.zeros(rank, device=self.accelerator.device) if last is None else last
+        if self._sharded_proxy.start is None:
+            if not self.model.training:  # an evaluation before training: DeepSpeed has yet to lay out the weights
+                return torch.zeros(rank, device=self.accelerator.device)
+            self._sharded_proxy.remember_start()
+        return self._sharded_proxy.drift(self._bases)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        reads_gradient = (
+            self.has_process_reward and self.args.compression_coef > 0 and self.args.parameter_update == "gradient"
+        )
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if reads_gradient and is_deepspeed and not self._watches_engine:
+            before_every_step(self.accelerator.deepspeed_engine_wrapped.engine, self._keep_gradient)
+            self._watches_engine = True
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if reads_gradient and not is_deepspeed and self.accelerator.sync_gradients:
+            self._keep_gradient()
+        return loss
+
+    def _keep_gradient(self) -> None:
+        self._last_gradient = self._sharded_proxy.gradient(self._bases)
+
     def _log_l2t(self, metrics: dict[str, float]) -> None:
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
@@ -237,9 +281,13 @@ class L2TTrainer(GRPOTrainer):
         if args.compression_coef > 0:
             age = None if self._bases_step is None else step - self._bases_step
             if age is None or (self.model.training and 0 < args.proxy_refresh_steps <= age):
-                self._bases = proxy_bases(self.model, self._proxy_names, args.proxy_rank_ratio)
+                bases = proxy_bases(self.model, self._proxy_names, args.proxy_rank_ratio)
+                # Singular vectors are unique but for their signs, on which ranks must agree.
+                self._bases = broadcast(bases) if self.accelerator.num_processes > 1 else bases
                 self._bases_step = step
-                self._penalty.reset()  # its averages are in the old coordinates
+                # What is kept in the old coordinates.
+                self._penalty.reset()
+                self._last_gradient = None
                 self._scorer.set_bases(self._bases)
         if not self._has_checked_scorer:
             self._scorer.check()
@@ -253,28 +301,56 @@ class L2TTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.has_process_reward and self.args.should_save:
+        # Before the rest, which ends with the trainer's state: a checkpoint that has that is whole.
+        if self.has_process_reward:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._save_method_state(folder)
+        super()._save_checkpoint(model, trial)
+
+    def _save_method_state(self, folder: Path) -> None:
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        own = self._sharded_proxy.start_tensors()
+        # Completions that later steps still train on.
+        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+            own |= {f"batch.{name}": value for name, value in pack_batches(self._buffered_inputs).items()}
+        if own:
+            save_tensors(folder / RANK_FILE.format(rank), own)
+        if self.args.should_save:
             state = {f"penalty.{name}": value for name, value in self._penalty.state_dict().items()}
             for name, (u, v) in self._bases.items():
                 state |= {f"u.{name}": u, f"v.{name}": v}
+            if self._last_gradient is not None:
+                state["last_gradient"] = self._last_gradient
             state["bases_step"] = torch.tensor(-1 if self._bases_step is None else self._bases_step)
-            save_file({name: value.cpu().contiguous() for name, value in state.items()}, folder / STATE_FILE)
+            state |= {"step": torch.tensor(self._step), "world_size": torch.tensor(world_size)}
+            save_tensors(folder / STATE_FILE, state)
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if not self.has_process_reward or checkpoint is None:
             return
-        path = Path(checkpoint) / STATE_FILE
-        if not path.exists():
+        folder, device = Path(checkpoint), self.accelerator.device
+        if not (folder / STATE_FILE).exists():
             raise ValueError(f"{checkpoint} has no {STATE_FILE}: it is not a checkpoint of an L2T run. Start anew.")
-        state = load_file(path, device=str(self.accelerator.device))
+        state = {name: value.to(device) for name, value in load_file(folder / STATE_FILE).items()}
         self._penalty.load_state_dict({name: state[f"penalty.{name}"] for name in CompressionPenalty.STATE})
         if (step := int(state["bases_step"])) >= 0:
             self._bases_step = step
             self._bases = {name: (state[f"u.{name}"], state[f"v.{name}"]) for name in self._proxy_names}
             self._scorer.set_bases(self._bases)
+        self._last_gradient = state.get("last_gradient")
+        self._step = int(state["step"])
+        ranks = load_ranks(folder)
+        if any(":start" in name for tensors in ranks for name in tensors):
+            self._sharded_proxy.load_start(ranks)
+        if int(state["world_size"]) == self.accelerator.num_processes and ranks:
+            own = ranks[self.accelerator.process_index]
+            batches = {key.removeprefix("batch."): value for key, value in own.items() if key.startswith("batch.")}
+            if batches:
+                self._buffered_inputs = [
+                    {name: value.to(device) for name, value in batch.items()} for batch in unpack_batches(batches)
+                ]
 
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -11,8 +11,7 @@ from random import Random
 import torch
 from torch import nn
 
-
-Basis = tuple[torch.Tensor, torch.Tensor]
+from l2t_trl.sharding import Basis, gathered
 
 
 def proxy_module_names(model: nn.Module, pattern: str | None = None, seed: int = 0) -> list[str]:
@@ -74,7 +73,8 @@ def proxy_bases(model: nn.Module, names: list[str], ratio: float) -> dict[str, B
     modules = dict(causal_lm(model).named_modules())
     bases = {}
     for name in names:
-        weight = effective_weight(modules[name])
+        with gathered(model, [modules[name]]):  # one matrix at a time
+            weight = effective_weight(modules[name])
         u, _, v = low_rank_basis(weight, proxy_rank(weight, ratio))
         bases[name] = (u, v)
     return bases

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from l2t_trl.proxy import Basis, causal_lm, is_linear
+from l2t_trl.sharding import gathered
 
 
 # Elements of the largest intermediate of the tail, (tokens of a chunk) x (vocabulary + MLP width).
@@ -129,7 +130,7 @@ class Scorer:
         row = [random.randrange(size) for _ in range(24)]
         prompt, completion, probe, answer = row[:7], row[7:19], row[19:21], row[21:]
         exact = torch.autocast(self.head_device.type, enabled=False)
-        with torch.no_grad(), scoring_mode(self.model), exact:
+        with torch.no_grad(), scoring_mode(self.model), exact, self._gathered():
             batch = _Batch([prompt], [completion], [[(0, 5), (5, 12)]], probe, [answer], self.head_device)
             hidden, cache, taps = self._read(batch)
             at_cuts = self._answer_log_probs(batch, cache)
@@ -200,7 +201,7 @@ class Scorer:
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]) + len(completion_ids[i]))
         batch_size = batch_size or len(order)
         pieces = []
-        with scoring_mode(self.model):
+        with scoring_mode(self.model), self._gathered():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 columns = ([column[i] for i in rows] for column in (prompt_ids, completion_ids, spans, answer_ids))
@@ -215,6 +216,13 @@ class Scorer:
             answer_lengths=torch.cat([piece.answer_lengths for piece in pieces])[place],
             gradients=gradients,
         )
+
+    def _gathered(self):
+        """Sharded weights that every chunk needs, gathered once: the tail's, or all where gradients need the whole."""
+        if self.bases and not self._in_tail:
+            return gathered(self.model, [self.model])
+        tail = [] if self.tail is None else self.tail.modules()
+        return gathered(self.model, [*tail, self.head])
 
     def _score(self, batch: "_Batch") -> Scores:
         with torch.no_grad():
@@ -484,6 +492,9 @@ class _Tail:
         if pre_norm is None and post_norm is None:
             pre_norm = getattr(layer, "post_attention_layernorm", None)
         return cls(layer, mlp, pre_norm, post_norm, norm)
+
+    def modules(self) -> list[nn.Module]:
+        return [module for module in (self.mlp, self.post_norm, self.norm) if module is not None]
 
     def rebuild(self, inputs: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Hidden states behind the final norm from the MLP's inputs and the residual, both `(tokens, H)`."""

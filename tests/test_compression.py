@@ -326,3 +326,25 @@ def test_gains_broken_to_zero_cost_nothing_in_units_of_gain():
     gradients, _, is_episode = random_batch(0, 9, 5, 3)
     _, charged = CompressionPenalty(unit="gain")(gradients, torch.zeros(9, 5), is_episode)
     assert torch.equal(charged, torch.zeros(9, 5))
+
+
+def test_a_common_displacement_by_hand():
+    penalty = CompressionPenalty(unit="absolute")
+    gradients = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 1.0], [9.0, 9.0]]])
+    is_episode = torch.tensor([[True, True], [True, False]])
+    displacement = torch.tensor([1.0, -1.0])
+    q, charged = penalty(gradients, torch.zeros(2, 2), is_episode, displacement=displacement)
+    # q: 1, -2 and 3 - 1 = 2; squares 1, 4 and 4, by completion 5 and 4, on average 4.5.
+    assert q.tolist() == [[1.0, -2.0], [2.0, 0.0]]
+    torch.testing.assert_close(charged, torch.tensor([[1.0, 4.0], [4.0, 0.0]]) / 4.5)
+    # The size of a displacement does not matter, only its direction.
+    _, again = CompressionPenalty()(gradients, torch.zeros(2, 2), is_episode, displacement=100 * displacement)
+    torch.testing.assert_close(again, charged)
+
+
+def test_no_displacement_costs_nothing_and_moves_no_average():
+    penalty = CompressionPenalty()
+    gradients, is_episode = torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    q, charged = penalty(gradients, torch.ones(1, 2), is_episode, displacement=torch.zeros(3))
+    assert not q.any() and not charged.any()
+    assert all(not value.any() for value in penalty.state_dict().values())

@@ -256,7 +256,7 @@ def main(script_args, training_args, model_args):
             "use_vllm is true, but vLLM is not installed: pip install vllm==0.31.0, or set use_vllm to false."
         )
     check_output_dir(training_args.output_dir)
-    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir, say)
     reward_funcs = get_reward_funcs(script_args.reward_funcs)
     model_path = resolve_model(model_args.model_name_or_path, say=say)
     tokenizer = load_tokenizer(model_path, revision=model_args.model_revision)
@@ -292,6 +292,8 @@ def main(script_args, training_args, model_args):
         say(f"{contents}: {os.path.abspath(training_args.output_dir)}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    # Or gloo's threads are still at work when the interpreter ends, which aborts the process.
+    trainer.accelerator.end_training()
 
 
 def build_trainer(script_args, training_args, model_args, model_path, tokenizer, reward_funcs, train_rows, test_rows):
@@ -368,27 +370,32 @@ def check_output_dir(output_dir: str):
         ) from error
 
 
-def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
+def find_checkpoint(requested: str | None, output_dir: str, say=print) -> str | None:
     """
     Return the checkpoint folder to resume from.
 
     Args:
         requested (`str`, *optional*):
-            A folder, or `"auto"` for the last checkpoint in `output_dir`, if there is one.
+            A folder, or `"auto"` for the last complete checkpoint in `output_dir`, if there is one.
         output_dir (`str`):
             Folder in which the trainer saves its checkpoints.
+        say (`Callable`, *optional*):
+            Told which incomplete checkpoints were left out.
 
     Returns:
         `str` or `None`: `None` starts from the beginning.
     """
     import os
 
-    from transformers.trainer_utils import get_last_checkpoint
-
     if requested is None:
         return None
     if requested == "auto":
-        return get_last_checkpoint(output_dir)
+        from l2t_trl.checkpoints import last_complete_checkpoint
+
+        folder, incomplete = last_complete_checkpoint(output_dir)
+        for skipped in incomplete:
+            say(f"{skipped} was cut off while it was written and is left out.")
+        return None if folder is None else str(folder)
     if not os.path.isfile(os.path.join(requested, "trainer_state.json")):
         raise UserError(
             f"resume_from_checkpoint {requested} is not a checkpoint folder (no trainer_state.json in it)."
@@ -410,4 +417,9 @@ if __name__ == "__main__":
         main(configuration.script, configuration.training, configuration.model)
         return 0
 
-    sys.exit(report_errors("train", _main))
+    from l2t_trl.launch import end_process
+
+    exit_code = report_errors("train", _main)
+    if exit_code == 0:
+        end_process()
+    sys.exit(exit_code)

@@ -1,0 +1,100 @@
+"""What a checkpoint holds, and how a half-written one is told from a whole one."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from l2t_trl.checkpoints import (
+    RANK_FILE,
+    STATE_FILE,
+    is_complete,
+    last_complete_checkpoint,
+    load_ranks,
+    pack_batches,
+    save_tensors,
+    unpack_batches,
+)
+
+
+def write_checkpoint(folder, world_size=1):
+    folder.mkdir(parents=True)
+    save_tensors(folder / STATE_FILE, {"world_size": torch.tensor(world_size)})
+    names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    for name in names:
+        (folder / name).write_bytes(b"state")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_whole_checkpoint_is_complete(tmp_path, world_size):
+    assert is_complete(write_checkpoint(tmp_path / "checkpoint-1", world_size))
+
+
+def test_a_checkpoint_of_grpo_is_complete(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint-1")
+    (folder / STATE_FILE).unlink()
+    assert is_complete(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "trainer_state.json").unlink(),
+        lambda folder: (folder / "trainer_state.json").write_text('{"global_step"'),
+        lambda folder: (folder / STATE_FILE).write_bytes(b"\x10"),
+        lambda folder: (folder / "rng_state_1.pth").unlink(),
+        lambda folder: (folder / (RANK_FILE.format(1) + ".new")).write_bytes(b""),
+    ],
+    ids=["no state", "cut state", "cut tensors", "a rank's random state", "a rank's file under way"],
+)
+def test_a_cut_off_checkpoint_is_not(tmp_path, damage):
+    folder = write_checkpoint(tmp_path / "checkpoint-1", world_size=2)
+    damage(folder)
+    assert not is_complete(folder)
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path):
+    for step in (2, 10, 9):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    folder, incomplete = last_complete_checkpoint(str(tmp_path))
+    assert (folder.name, [one.name for one in incomplete]) == ("checkpoint-9", ["checkpoint-10"])
+    assert last_complete_checkpoint(str(tmp_path / "nothing")) == (None, [])
+
+
+def test_tensors_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a" / STATE_FILE
+    save_tensors(path, {"x": torch.ones(2)})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("l2t_trl.checkpoints.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors(path, {"x": torch.zeros(2)})
+    monkeypatch.undo()
+    save_tensors(path.with_name(RANK_FILE.format(3)), {"y": torch.ones(1)})
+    save_tensors(path.with_name(RANK_FILE.format(0)), {"y": torch.zeros(1)})
+    assert [one["y"].item() for one in load_ranks(path.parent)] == [0.0, 1.0]
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_tensors_that_share_memory_are_written(tmp_path):
+    whole = torch.arange(6).view(2, 3)
+    save_tensors(tmp_path / STATE_FILE, {"whole": whole, "same": whole, "part": whole[1:], "column": whole[:, 1]})
+    loaded = load_file(tmp_path / STATE_FILE)
+    assert loaded["same"].tolist() == whole.tolist()
+    assert (loaded["part"].tolist(), loaded["column"].tolist()) == ([[3, 4, 5]], [1, 4])
+
+
+def test_batches_survive_packing():
+    batches = [{"ids": torch.arange(4).view(2, 2), "mask": None, "count": torch.tensor(3)} for _ in range(11)]
+    for index, batch in enumerate(batches):
+        batch["ids"] = batch["ids"] + index
+    restored = unpack_batches(pack_batches(batches))
+    assert [batch["ids"].tolist() for batch in restored] == [batch["ids"].tolist() for batch in batches]
+    assert all(batch.keys() == {"ids", "count"} for batch in restored)
