@@ -20,6 +20,7 @@ from trainers import make_trainer
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("log", ["self", "logs", "start_time"]),
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
     ],
 )
 def test_hooks_keep_their_signatures(name, parameters):
@@ -35,6 +36,7 @@ def test_only_known_hooks_are_overridden():
         "_load_optimizer_and_scheduler",
         "_save_checkpoint",
         "log",
+        "training_step",
     }
 
 
