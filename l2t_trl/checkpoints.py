@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 STATE_FILE = "l2t_state.safetensors"  # the same on all ranks, written by the first
-RANK_FILE = "l2t_rank_{:05d}.safetensors"  # each rank's own
+RANK_FILE = "l2t_rank_{:0>5}.safetensors"  # each rank's own
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -26,7 +26,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def load_ranks(folder: Path) -> list[dict[str, torch.Tensor]]:
     """Every rank's own tensors, in the order of the ranks."""
-    return [load_file(path) for path in sorted(folder.glob(RANK_FILE.format(0).replace("0" * 5, "*")))]
+    return [load_file(path) for path in sorted(folder.glob(RANK_FILE.format("?????")))]
 
 
 def pack_batches(batches: list[dict]) -> dict[str, torch.Tensor]:

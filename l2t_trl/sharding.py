@@ -157,7 +157,7 @@ class ShardedProxy:
         """Keep this rank's pieces of the present weights, from which drift counts."""
         self.start = {}
         for name, parameter in self._parameters():
-            piece = weight_piece(parameter, self.rank, self.world_size)
+            piece = self._weight(parameter)
             self.start[name] = piece._replace(values=piece.values.clone())
 
     def start_tensors(self) -> dict[str, torch.Tensor]:
@@ -176,7 +176,7 @@ class ShardedProxy:
         """
         self.start = {}
         for name, parameter in self._parameters():
-            piece = weight_piece(parameter, self.rank, self.world_size)
+            piece = self._weight(parameter)
             values = torch.full((len(piece.values),), torch.nan)
             for tensors in ranks:
                 if f"{name}:values" not in tensors:
@@ -200,7 +200,7 @@ class ShardedProxy:
             raise ValueError("No start weights are remembered: call remember_start() before training.")
 
         def moved(name, parameter):
-            piece = weight_piece(parameter, self.rank, self.world_size)
+            piece = self._weight(parameter)
             return piece._replace(values=piece.values.float() - self.start[name].values.float())
 
         # s (B A - B_0 A_0) = s (dB A + B_0 dA)
@@ -212,10 +212,7 @@ class ShardedProxy:
         def slope(name, parameter):
             return gradient_piece(parameter, self.rank, self.world_size)
 
-        def weight(name, parameter):
-            return weight_piece(parameter, self.rank, self.world_size)
-
-        return self._change(bases, slope, before=weight)
+        return self._change(bases, slope, before=lambda _, parameter: self._weight(parameter))
 
     def _change(self, bases: dict[str, Basis], change: Callable, before: Callable) -> torch.Tensor:
         """Coordinates of a change of the effective weights, by one all-reduce."""
@@ -226,7 +223,7 @@ class ShardedProxy:
                 weight = self.modules[name].weight
                 shares.append([change(f"{name}.weight", weight).coordinates(u, v)])
             for a_name, a, b_name, b, _ in factors:
-                now_a = weight_piece(a, self.rank, self.world_size)
+                now_a = self._weight(a)
                 shares.append(
                     [
                         change(b_name, b).left(u),  # U^T dB  (r, k)
@@ -250,6 +247,9 @@ class ShardedProxy:
                 total += scaling * ((left * a.T).sum(1) + (b * right.T).sum(1))
             coordinates.append(total)
         return torch.cat(coordinates)
+
+    def _weight(self, parameter: nn.Parameter) -> Piece:
+        return weight_piece(parameter, self.rank, self.world_size)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, module in self.modules.items():

@@ -292,7 +292,6 @@ def main(script_args, training_args, model_args):
         say(f"{contents}: {os.path.abspath(training_args.output_dir)}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    # Or gloo's threads are still at work when the interpreter ends, which aborts the process.
     trainer.accelerator.end_training()
 
 
