@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 
 from l2t_trl import __version__
-from l2t_trl.errors import UserError
+from l2t_trl.errors import RolloutError, UserError
 
 
 COMMANDS = {
     "train": "train a model with L2T, or with GRPO for comparison",
+    "serve": "start a vLLM server for rollouts",
     "score": "score the episodes of given completions, without training",
     "env": "print versions and what runs on this machine",
 }
@@ -65,6 +66,9 @@ def report_errors(command: str, function: Callable[[], int]) -> int:
     except UserError as error:
         print(f"l2t {command}: error: {error}", file=sys.stderr)
         return 2
+    except RolloutError as error:
+        print(f"l2t {command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"l2t {command}: interrupted", file=sys.stderr)
         return 130

@@ -40,7 +40,12 @@ class L2TConfig(GRPOConfig):
             Most episodes of a completion; further ones merge into the last.
         correctness_estimator (`str`, *optional*, defaults to `"answer_likelihood"`):
             Where J, the predicted probability of the correct answer, comes from: the policy's own likelihood of the
-            gold answer behind `answer_probe`.
+            gold answer behind `answer_probe` (`"answer_likelihood"`), or the mean outcome reward of short
+            continuations behind it (`"rollout"`), which needs no gold answer.
+        num_continuations (`int`, *optional*, defaults to `4`):
+            Continuations sampled at every cut by the estimator `"rollout"`.
+        max_continuation_length (`int`, *optional*, defaults to `32`):
+            Longest of them in tokens.
         answer_likelihood (`str`, *optional*, defaults to `"joint"`):
             J from the answer's token probabilities: their product (`"joint"`) or geometric mean (`"per_token"`).
         answer_probe (`str`, *optional*, defaults to `"\n</think>\n\nThe final answer is \\boxed{"`):
@@ -69,6 +74,10 @@ class L2TConfig(GRPOConfig):
         penalty_unit (`str`, *optional*, defaults to `"gain"`):
             What a compression penalty of an average completion amounts to: 1 (`"absolute"`) or its total fitting gain
             (`"gain"`).
+        weight_sync_dir (`str`, *optional*):
+            Folder through which a vLLM server gets the trainer's weights, as safetensors files, instead of by NCCL:
+            without a GPU, or between machines that share no more than a file system. Trainer and server must see it
+            under the same path. One folder per run.
         scoring_batch_size (`int`, *optional*):
             Completions scored together on one device; by default the train (in evaluation, eval) batch size.
         max_prompt_length (`int`, *optional*, defaults to `4096`):
@@ -76,6 +85,12 @@ class L2TConfig(GRPOConfig):
         on_bad_row (`str`, *optional*, defaults to `"stop"`):
             What a row without a usable prompt or answer does: `"stop"` with an error that names it, or `"drop"` it
             and report how many were dropped.
+
+    One default differs from [`~trl.GRPOConfig`]'s:
+
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
+            How the ratio between trainer and vLLM is used. GRPOConfig's `"sequence_mask"` multiplies the ratios of all
+            tokens, whose spread grows with the length, so that long completions drift to weight 0.
     """
 
     process_reward_coef: float = field(
@@ -99,10 +114,17 @@ class L2TConfig(GRPOConfig):
     max_episodes: int = field(
         default=30, metadata={"help": "Most episodes of a completion; further ones merge into the last."}
     )
-    correctness_estimator: Literal["answer_likelihood"] = field(
+    correctness_estimator: Literal["answer_likelihood", "rollout"] = field(
         default="answer_likelihood",
-        metadata={"help": "Where J comes from: the policy's likelihood of the gold answer behind the probe."},
+        metadata={
+            "help": "Where J comes from: the policy's likelihood of the gold answer behind the probe, or the mean "
+            "outcome reward of short continuations of it."
+        },
     )
+    num_continuations: int = field(
+        default=4, metadata={"help": "Continuations sampled at every cut by the estimator 'rollout'."}
+    )
+    max_continuation_length: int = field(default=32, metadata={"help": "Longest of them in tokens."})
     answer_likelihood: Literal["joint", "per_token"] = field(
         default="joint", metadata={"help": "J as the product of the answer's token probabilities, or geometric mean."}
     )
@@ -139,6 +161,10 @@ class L2TConfig(GRPOConfig):
     penalty_unit: Literal["absolute", "gain"] = field(
         default="gain", metadata={"help": "An average completion's penalty: 1, or its total fitting gain."}
     )
+    weight_sync_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder shared with a vLLM server, through which it gets the weights instead of by NCCL."},
+    )
     scoring_batch_size: int | None = field(
         default=None, metadata={"help": "Completions scored together on one device (default: the batch size)."}
     )
@@ -147,6 +173,13 @@ class L2TConfig(GRPOConfig):
     )
     on_bad_row: Literal["stop", "drop"] = field(
         default="stop", metadata={"help": "What a row without a usable prompt or answer does."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "How the ratio between trainer and vLLM is used: 'token_truncate', 'token_mask', "
+            "'sequence_truncate' or 'sequence_mask'. The last two drive long completions to weight 0."
+        },
     )
 
     def __post_init__(self):
@@ -169,6 +202,8 @@ class L2TConfig(GRPOConfig):
         require(self.proxy_refresh_steps >= 0, "proxy_refresh_steps", "0 (never) or larger")
         require(self.scoring_batch_size is None or self.scoring_batch_size >= 1, "scoring_batch_size", "1 or larger")
         require(self.max_prompt_length is None or self.max_prompt_length >= 1, "max_prompt_length", "1 or larger")
+        require(self.num_continuations >= 1, "num_continuations", "1 or larger")
+        require(self.max_continuation_length >= 1, "max_continuation_length", "1 or larger")
         require(bool(self.answer_probe), "answer_probe", "a text that elicits the answer, not empty")
         for name, hint in L2TConfig.__annotations__.items():
             if get_origin(hint) is Literal:
@@ -183,6 +218,11 @@ class L2TConfig(GRPOConfig):
                 ) from error
 
     def _check_combinations(self):
+        if self.weight_sync_dir is not None and not (self.use_vllm and self.vllm_mode == "server"):
+            raise ValueError(
+                f"weight_sync_dir={self.weight_sync_dir!r} is how a vLLM server gets the weights. Set use_vllm=True and "
+                "vllm_mode='server', or leave it unset."
+            )
         if self.loss_type not in TOKEN_LEVEL_LOSSES:
             raise ValueError(
                 f"loss_type={self.loss_type!r} takes the advantage's sign or mean per completion, which has no meaning "

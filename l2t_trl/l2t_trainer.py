@@ -2,13 +2,15 @@
 
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import GRPOTrainer
 
 from l2t_trl.advantages import Group, fitting_gains, token_advantages
@@ -16,8 +18,10 @@ from l2t_trl.checkpoints import RANK_FILE, STATE_FILE, load_ranks, pack_batches,
 from l2t_trl.compression import CompressionPenalty
 from l2t_trl.data.checks import check_rows
 from l2t_trl.episodes import segment, token_bytes
+from l2t_trl.errors import RolloutError
+from l2t_trl.generation.engine import rollout_engine
 from l2t_trl.l2t_config import L2TConfig
-from l2t_trl.metrics import summarise, zero_std_share
+from l2t_trl.metrics import importance_shares, summarise, zero_std_share
 from l2t_trl.proxy import causal_lm, proxy_bases, proxy_module_names
 from l2t_trl.scoring import Scorer
 from l2t_trl.sharding import ShardedProxy, before_every_step
@@ -95,7 +99,8 @@ class L2TTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else causal_lm(model).config.name_or_path
             args = L2TConfig(f"{name.split('/')[-1]}-L2T")
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
+        with rollout_engine(args):
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
         if self._is_vlm:
             raise ValueError("L2TTrainer scores text only. Use GRPOTrainer for a vision-language model.")
         # Without process reward and with advantages that it alone would shape, this is GRPO, to the bit.
@@ -156,6 +161,14 @@ class L2TTrainer(GRPOTrainer):
             start = time.perf_counter()
             output["advantages"] = self._token_advantages(output, [row[self.args.answer_column] for row in inputs])
             self._log_l2t({"scoring_s": time.perf_counter() - start})
+        if "importance_sampling_ratio" in output:
+            shares = importance_shares(
+                output["importance_sampling_ratio"],
+                output["completion_mask"],
+                self.vllm_importance_sampling_clip_max,
+                self.accelerator.gather,
+            )
+            self._log_l2t(shares)
         return output
 
     def _token_advantages(self, output: dict, answers: list[str]) -> torch.Tensor:
@@ -252,10 +265,34 @@ class L2TTrainer(GRPOTrainer):
         if reads_gradient and is_deepspeed and not self._watches_engine:
             before_every_step(self.accelerator.deepspeed_engine_wrapped.engine, self._keep_gradient)
             self._watches_engine = True
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self._saving_on_failed_rollouts():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if reads_gradient and not is_deepspeed and self.accelerator.sync_gradients:
             self._keep_gradient()
         return loss
+
+    def evaluate(self, *args, **kwargs):
+        with self._saving_on_failed_rollouts():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _saving_on_failed_rollouts(self) -> Iterator[None]:
+        """Save a checkpoint of the last whole step if rollouts cannot go on, so that nothing is lost with them."""
+        try:
+            yield
+        except RolloutError as error:
+            step, generate_every = self.state.global_step, self.args.steps_per_generation * self.num_iterations
+            # Rollouts are asked for at the start of a step or in its midst, when that step is made anew.
+            start_of_step = step * self.args.gradient_accumulation_steps
+            can_go_on = self._step == start_of_step or start_of_step % generate_every == 0
+            if not self.is_in_train or step == 0 or self.args.save_strategy == SaveStrategy.NO or not can_go_on:
+                raise
+            self._step = start_of_step
+            self.model.train()
+            self._save_checkpoint(self.model, trial=None)
+            raise RolloutError(
+                f"{error} Step {step} is saved; go on from it with --resume_from_checkpoint auto."
+            ) from error
 
     def _keep_gradient(self) -> None:
         self._last_gradient = self._sharded_proxy.gradient(self._bases)

@@ -62,3 +62,31 @@ def zero_std_share(outcomes: torch.Tensor, has_signal: torch.Tensor, group_size:
     if not is_equal.any():
         return math.nan
     return has_signal.view(-1, group_size).any(1)[is_equal].double().mean().item()
+
+
+def importance_shares(
+    ratio: torch.Tensor,
+    mask: torch.Tensor,
+    clip_max: float | None,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """
+    Shares of all completion tokens whose importance weight between trainer and vLLM is 0, or as large as it may be.
+
+    Args:
+        ratio (`torch.Tensor` of shape `(B, T)` or `(B, 1)`): weights of tokens or of whole completions.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 on completion tokens.
+        clip_max (`float`, *optional*): the largest weight.
+        gather (`Callable`): concatenates a tensor `(1, ...)` over all ranks.
+
+    Returns:
+        `dict[str, float]`: `importance_masked/frac` and `importance_truncated/frac`.
+    """
+    weights = ratio.expand(mask.shape)[mask.bool()]
+    is_truncated = torch.zeros_like(weights, dtype=torch.bool) if clip_max is None else weights >= clip_max
+    counts = torch.stack([(weights == 0).sum(), is_truncated.sum(), mask.sum()])
+    masked, truncated, total = gather(counts[None]).sum(0).tolist()
+    return {
+        "importance_masked/frac": masked / total if total else math.nan,
+        "importance_truncated/frac": truncated / total if total else math.nan,
+    }

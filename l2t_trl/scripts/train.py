@@ -165,6 +165,7 @@ def run(argv: list[str]) -> int:
         print(help_text())
         return 0
 
+    quieten_vllm()
     from l2t_trl.parsing import dump_configuration, parse
 
     configuration = parse(argv)
@@ -177,6 +178,13 @@ def run(argv: list[str]) -> int:
         return launch(configuration.launch, argv)
     main(configuration.script, configuration.training, configuration.model)
     return 0
+
+
+def quieten_vllm():
+    """Keep vLLM's hundreds of lines off the screen, unless asked for; it reads this when it is imported."""
+    import os
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def help_text() -> str:
@@ -300,6 +308,7 @@ def build_trainer(script_args, training_args, model_args, model_path, tokenizer,
     from transformers import ProgressCallback
     from trl import GRPOTrainer, get_peft_config, get_quantization_config
 
+    from l2t_trl.generation.engine import rollout_engine
     from l2t_trl.progress import StepLine
 
     if script_args.method == "l2t":
@@ -314,16 +323,18 @@ def build_trainer(script_args, training_args, model_args, model_path, tokenizer,
         **(training_args.model_init_kwargs or {}),
     }
     try:
-        trainer = Trainer(
-            model=model_path,
-            reward_funcs=reward_funcs,
-            args=training_args,
-            train_dataset=train_rows,
-            eval_dataset=test_rows if training_args.eval_strategy != "no" else None,
-            processing_class=tokenizer,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-        )
+        # L2TTrainer uses that engine by itself; its control shall have the same rollouts.
+        with rollout_engine(training_args):
+            trainer = Trainer(
+                model=model_path,
+                reward_funcs=reward_funcs,
+                args=training_args,
+                train_dataset=train_rows,
+                eval_dataset=test_rows if training_args.eval_strategy != "no" else None,
+                processing_class=tokenizer,
+                quantization_config=get_quantization_config(model_args),
+                peft_config=get_peft_config(model_args),
+            )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     trainer.remove_callback(ProgressCallback)
@@ -408,6 +419,7 @@ def _say_nothing(*_):
 
 if __name__ == "__main__":
     # Started by accelerate's launcher in each process: here accelerate_config has been followed already.
+    quieten_vllm()
     from l2t_trl.cli import report_errors
     from l2t_trl.parsing import parse as parse_in_process
 

@@ -1,0 +1,1 @@
+"""Rollouts from vLLM, in the trainer's process or from a server."""
