@@ -223,6 +223,16 @@ class L2TConfig(GRPOConfig):
                 f"weight_sync_dir={self.weight_sync_dir!r} is how a vLLM server gets the weights. Set use_vllm=True and "
                 "vllm_mode='server', or leave it unset."
             )
+        if self.correctness_estimator == "rollout" and self.use_vllm and self.vllm_max_model_length is not None:
+            # A token stands for at least one byte.
+            probe = len(self.answer_probe.encode())
+            parts = (self.max_prompt_length or 0, self.max_completion_length, probe, self.max_continuation_length)
+            if sum(parts) > self.vllm_max_model_length:
+                raise ValueError(
+                    f"vllm_max_model_length={self.vllm_max_model_length} leaves no room for continuations: prompt, "
+                    f"completion, probe and continuation may take {' + '.join(map(str, parts))} = {sum(parts)} tokens. "
+                    "Set it to that, or max_prompt_length to what the data needs."
+                )
         if self.loss_type not in TOKEN_LEVEL_LOSSES:
             raise ValueError(
                 f"loss_type={self.loss_type!r} takes the advantage's sign or mean per completion, which has no meaning "

@@ -2,6 +2,7 @@
 
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,10 +13,12 @@ from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import GRPOTrainer
+from trl.data_utils import is_conversational
 
 from l2t_trl.advantages import Group, fitting_gains, token_advantages
 from l2t_trl.checkpoints import RANK_FILE, STATE_FILE, load_ranks, pack_batches, save_tensors, unpack_batches
 from l2t_trl.compression import CompressionPenalty
+from l2t_trl.continuations import all_cuts, mean_rewards
 from l2t_trl.data.checks import check_rows
 from l2t_trl.episodes import segment, token_bytes
 from l2t_trl.errors import RolloutError
@@ -113,10 +116,12 @@ class L2TTrainer(GRPOTrainer):
                 "FSDP shards weights in a way that the scoring pass cannot read. Shard with DeepSpeed instead, e.g. "
                 "--accelerate_config zero3."
             )
+        # J by continuing the cuts rather than by the likelihood of a gold answer.
+        self.continues_cuts = args.correctness_estimator == "rollout"
         check = partial(
             check_rows,
             tokenizer=self._tokenizer,
-            answer_column=args.answer_column,
+            answer_column=None if self.continues_cuts else args.answer_column,
             max_prompt_length=args.max_prompt_length,
             on_bad_row=args.on_bad_row,
         )
@@ -151,15 +156,19 @@ class L2TTrainer(GRPOTrainer):
             is_infinite = rewards.isinf()
             self._log_l2t({"outcome_infinite/frac": is_infinite.any(1).double().mean().item()})
             rewards = rewards.masked_fill(is_infinite, torch.nan)
-            outcomes = (rewards * self.reward_weights.to(rewards)).nansum(1)
-            self._outcomes = outcomes.masked_fill(rewards.isnan().all(1), torch.nan)
+            self._outcomes = self._weighted(rewards)
         return rewards
+
+    def _weighted(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Outcome rewards `(N,)` from those of the single functions `(N, F)`; NaN where no function gave one."""
+        outcomes = (rewards * self.reward_weights.to(rewards)).nansum(1)
+        return outcomes.masked_fill(rewards.isnan().all(1), torch.nan)
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self.has_process_reward:
             start = time.perf_counter()
-            output["advantages"] = self._token_advantages(output, [row[self.args.answer_column] for row in inputs])
+            output["advantages"] = self._token_advantages(output, inputs)
             self._log_l2t({"scoring_s": time.perf_counter() - start})
         if "importance_sampling_ratio" in output:
             shares = importance_shares(
@@ -171,30 +180,34 @@ class L2TTrainer(GRPOTrainer):
             self._log_l2t(shares)
         return output
 
-    def _token_advantages(self, output: dict, answers: list[str]) -> torch.Tensor:
-        """Advantages `(B, T)` of this rank's completions."""
+    def _token_advantages(self, output: dict, inputs: list[dict]) -> torch.Tensor:
+        """Advantages `(B, T)` of this rank's completions of the questions in `inputs`."""
         args, is_training = self.args, self.model.training
         prompt_ids = _rows(output["prompt_ids"], output["prompt_mask"])
         completion_ids = _rows(output["completion_ids"], output["completion_mask"])
         segments = [segment(ids, self._vocabulary, args.episode_format, args.max_episodes) for ids in completion_ids]
         spans = [row.spans for row in segments]
-        answer_ids = self._tokenizer(
-            [f"{answer}{args.answer_probe_end}" for answer in answers], add_special_tokens=False
-        )
+        answer_ids = None
+        if not self.continues_cuts:
+            answers = [f"{row[args.answer_column]}{args.answer_probe_end}" for row in inputs]
+            answer_ids = self._tokenizer(answers, add_special_tokens=False)["input_ids"]
         batch_size = args.scoring_batch_size or (
             args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
         )
         with self.accelerator.autocast():
             scores = self._updated_scorer().score(
-                prompt_ids, completion_ids, spans, self._probe_ids, answer_ids["input_ids"], batch_size
+                prompt_ids, completion_ids, spans, self._probe_ids, answer_ids, batch_size
             )
 
         device = output["completion_ids"].device
         span_of_token = _span_of_token(spans, output["completion_ids"].shape[1]).to(device)  # (B, T)
-        num_tokens = torch.zeros_like(scores.answer_log_probs)  # (B, S)
+        if self.continues_cuts:
+            correctness = self._continued_correctness(inputs, prompt_ids, completion_ids, spans)
+        else:
+            correctness = scores.correctness(args.answer_likelihood)
+        num_tokens = torch.zeros_like(correctness)  # (B, S)
         num_tokens.scatter_add_(1, span_of_token.clamp(min=0), (span_of_token >= 0).to(num_tokens))
         is_episode = num_tokens > 0
-        correctness = scores.correctness(args.answer_likelihood)
         gains = fitting_gains(correctness, is_episode)
         penalties = torch.zeros_like(gains)
         if args.compression_coef > 0:
@@ -205,7 +218,7 @@ class L2TTrainer(GRPOTrainer):
 
         num_generations = self.num_generations if is_training else self.num_generations_eval
         group = Group(num_generations, self.accelerator.gather, self.accelerator.process_index)
-        outcome = self._outcomes[group.rank * len(answers) :][: len(answers)]
+        outcome = self._outcomes[group.rank * len(inputs) :][: len(inputs)]
         log_probs = torch.zeros_like(span_of_token, dtype=torch.float32)
         log_probs[:, : scores.log_probs.shape[1]] = scores.log_probs
         advantages = token_advantages(
@@ -242,6 +255,62 @@ class L2TTrainer(GRPOTrainer):
         if self.log_completions:
             self._log_episodes(spans, per_episode)
         return advantages
+
+    def _continued_correctness(self, inputs, prompt_ids, completion_ids, spans) -> torch.Tensor:
+        """J `(B, S)` of every cut: the mean outcome reward of `num_continuations` continuations."""
+        start, times = time.perf_counter(), self.args.num_continuations
+        cuts = all_cuts(completion_ids, spans, self._probe_ids)
+        # Engines and gathers count on equally many from every rank: those with fewer cuts repeat their first.
+        count = int(self.accelerator.gather(torch.tensor([len(cuts)], device=self.accelerator.device)).max())
+        asked = [cut for cut in [*cuts, *cuts[:1] * (count - len(cuts))] for _ in range(times)]
+        continued = self._continue([prompt_ids[cut.row] + cut.prefix for cut in asked])
+        ids = [cut.prefix + continuation for cut, continuation in zip(asked, continued, strict=True)]
+        rows = [inputs[cut.row] for cut in asked]
+        prompts, completions = (
+            [row["prompt"] for row in rows],
+            self._tokenizer.batch_decode(ids, skip_special_tokens=True),
+        )
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        with self._unlogged_rewards():
+            rewards = super()._calculate_rewards(rows, prompts, completions, ids)
+        own = self._weighted(rewards).view(self.accelerator.num_processes, count, times)[
+            self.accelerator.process_index
+        ]
+        self._log_l2t({"continuation_s": time.perf_counter() - start})
+        return mean_rewards(cuts, own[: len(cuts)], len(inputs))
+
+    def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Short continuations of token ids, by whatever makes the rollouts."""
+        engine, name = (
+            (self.vllm_generation, "max_completion_length")
+            if self.use_vllm
+            else (self.generation_config, "max_new_tokens")
+        )
+        # vLLM forms its batches itself.
+        size = (
+            len(prompts) if self.use_vllm else self.args.per_device_train_batch_size * self.args.steps_per_generation
+        )
+        length = getattr(engine, name)
+        setattr(engine, name, self.args.max_continuation_length)
+        continued = []
+        try:
+            for start in range(0, len(prompts), size):
+                batch = prompts[start : start + size]
+                continued += self._generate_single_turn(batch, None, {}, self.args.num_continuations)[0]
+        finally:
+            setattr(engine, name, length)
+        return continued
+
+    @contextmanager
+    def _unlogged_rewards(self) -> Iterator[None]:
+        """Keep what reward functions log of continuations out of the completions table, whose rows these are not."""
+        kept = self._pending_extra_logs, self._pending_metrics
+        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
+        try:
+            yield
+        finally:
+            self._pending_extra_logs, self._pending_metrics = kept
 
     def _displacement(self, rank: int) -> torch.Tensor | None:
         """theta_k - theta_{k-1} where it is the same for all episodes, `(R,)`; 0 until there is one."""

@@ -48,19 +48,19 @@ class Scores:
     Attributes:
         log_probs (`torch.Tensor` of shape `(B, T)`):
             Log-probability of each completion token at temperature 1, in nats; 0 on padding.
-        answer_log_probs (`torch.Tensor` of shape `(B, K + 1)`):
+        answer_log_probs (`torch.Tensor` of shape `(B, K + 1)`, *optional*):
             Log-probability of the gold answer behind the probe, summed over its tokens, at every cut: before the first
-            episode, then after each. NaN on padding.
-        answer_lengths (`torch.Tensor` of shape `(B,)`):
-            Tokens of the gold answer.
+            episode, then after each. NaN on padding. `None` without answers.
+        answer_lengths (`torch.Tensor` of shape `(B,)`, *optional*):
+            Tokens of the gold answer, likewise.
         gradients (`torch.Tensor` of shape `(B, S, R)`, *optional*):
             Gradient g of the log-probability of each span with respect to the proxy; 0 on padding. `None` without
             bases.
     """
 
     log_probs: torch.Tensor
-    answer_log_probs: torch.Tensor
-    answer_lengths: torch.Tensor
+    answer_log_probs: torch.Tensor | None
+    answer_lengths: torch.Tensor | None
     gradients: torch.Tensor | None
 
     def correctness(self, answer_likelihood: str = "joint") -> torch.Tensor:
@@ -131,7 +131,8 @@ class Scorer:
         prompt, completion, probe, answer = row[:7], row[7:19], row[19:21], row[21:]
         exact = torch.autocast(self.head_device.type, enabled=False)
         with torch.no_grad(), scoring_mode(self.model), exact, self._gathered():
-            batch = _Batch([prompt], [completion], [[(0, 5), (5, 12)]], probe, [answer], self.head_device)
+            batch = _Batch([prompt], [completion], [[(0, 5), (5, 12)]], self.head_device)
+            batch.place_probes(probe, [answer])
             hidden, cache, taps = self._read(batch)
             at_cuts = self._answer_log_probs(batch, cache)
             literal = []
@@ -169,7 +170,7 @@ class Scorer:
         completion_ids: Sequence[Sequence[int]],
         spans: Sequence[Sequence[tuple[int, int]]],
         probe_ids: Sequence[int],
-        answer_ids: Sequence[Sequence[int]],
+        answer_ids: Sequence[Sequence[int]] | None,
         batch_size: int | None = None,
     ) -> Scores:
         """
@@ -184,7 +185,8 @@ class Scorer:
             spans (`Sequence[Sequence[tuple[int, int]]]` of length B):
                 Episodes and answer span of each completion, see [`l2t_trl.episodes.segment`].
             probe_ids (`Sequence[int]`): ids of the text that elicits the answer, at least one.
-            answer_ids (`Sequence[Sequence[int]]` of length B): ids of the gold answers, at least one each.
+            answer_ids (`Sequence[Sequence[int]]` of length B, *optional*): ids of the gold answers, at least one each.
+                Without them no probes are run.
             batch_size (`int`, *optional*): completions per forward pass; by default all.
 
         Returns:
@@ -193,7 +195,7 @@ class Scorer:
         Raises:
             ValueError: if a prompt, the probe or an answer has no token.
         """
-        for name, rows in (("prompt", prompt_ids), ("probe", [probe_ids]), ("answer", answer_ids)):
+        for name, rows in (("prompt", prompt_ids), ("probe", [probe_ids]), ("answer", answer_ids or [])):
             empty = [index for index, row in enumerate(rows) if len(row) == 0]
             if empty:
                 raise ValueError(f"A {name} must have at least one token, got none in row {empty[0]}.")
@@ -204,16 +206,23 @@ class Scorer:
         with scoring_mode(self.model), self._gathered():
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                columns = ([column[i] for i in rows] for column in (prompt_ids, completion_ids, spans, answer_ids))
-                prompts, completions, row_spans, answers = columns
-                batch = _Batch(prompts, completions, row_spans, list(probe_ids), answers, self.head_device)
+                prompts, completions, row_spans = (
+                    [column[i] for i in rows] for column in (prompt_ids, completion_ids, spans)
+                )
+                batch = _Batch(prompts, completions, row_spans, self.head_device)
+                if answer_ids is not None:
+                    batch.place_probes(list(probe_ids), [answer_ids[i] for i in rows])
                 pieces.append(self._score(batch))
         place = torch.tensor(order).argsort()
         gradients = _stack([piece.gradients for piece in pieces], 0.0)[place] if self.bases else None
+        answer_log_probs = answer_lengths = None
+        if answer_ids is not None:
+            answer_log_probs = _stack([piece.answer_log_probs for piece in pieces], torch.nan)[place]
+            answer_lengths = torch.cat([piece.answer_lengths for piece in pieces])[place]
         return Scores(
             log_probs=_stack([piece.log_probs for piece in pieces], 0.0)[place],
-            answer_log_probs=_stack([piece.answer_log_probs for piece in pieces], torch.nan)[place],
-            answer_lengths=torch.cat([piece.answer_lengths for piece in pieces])[place],
+            answer_log_probs=answer_log_probs,
+            answer_lengths=answer_lengths,
             gradients=gradients,
         )
 
@@ -227,7 +236,7 @@ class Scorer:
     def _score(self, batch: "_Batch") -> Scores:
         with torch.no_grad():
             hidden, cache, taps = self._read(batch)
-            answer_log_probs = self._answer_log_probs(batch, cache)
+            answer_log_probs = self._answer_log_probs(batch, cache) if batch.answer_lengths is not None else None
             del cache
         gradients = None
         if not self.bases:
@@ -384,10 +393,15 @@ def _stack(rows: list[torch.Tensor], padding: float) -> torch.Tensor:
     return torch.cat(padded)
 
 
+def cuts_of(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Lengths of the prefixes of a completion behind which its correctness is asked: none, and up to each episode."""
+    return [0, *(end for _, end in spans[:-1])]
+
+
 class _Batch:
     """Index tensors of a batch: where completion tokens are predicted, and how probes sit behind their cuts."""
 
-    def __init__(self, prompt_ids, completion_ids, spans, probe_ids, answer_ids, device):
+    def __init__(self, prompt_ids, completion_ids, spans, device):
         rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         self.device = device
         self.num_rows = len(rows)
@@ -408,11 +422,14 @@ class _Batch:
         span = torch.searchsorted(ends[self.token_row], self.token_column[:, None], right=True).squeeze(-1)
         self.span_of_token = self.token_row * self.num_spans + span  # (N,) into the flattened (B * S)
 
-        # Probes: row b has K_b + 1 copies of its probe and answer, of which the last token predicts nothing.
-        cuts = [[0, *(end for _, end in row[:-1])] for row in spans]
-        num_cuts = torch.tensor([len(row) for row in cuts], device=device)
-        self.cuts = self._pad(cuts) + prompt_lengths[:, None]  # (B, K + 1), in tokens of the row
-        self.has_cut = torch.arange(self.cuts.shape[1], device=device) < num_cuts[:, None]
+        self.num_cuts = torch.tensor([len(row) for row in spans], device=device)  # (B,): K_b + 1 each
+        self.cuts = self._pad([cuts_of(row) for row in spans]) + prompt_lengths[:, None]  # (B, K + 1), in the row
+        self.has_cut = torch.arange(self.cuts.shape[1], device=device) < self.num_cuts[:, None]
+        self.answer_lengths: torch.Tensor | None = None
+
+    def place_probes(self, probe_ids: list[int], answer_ids: Sequence[Sequence[int]]):
+        """Put K_b + 1 copies of its probe and answer behind row b, of each of which the last token predicts nothing."""
+        device, num_cuts = self.device, self.num_cuts
         copies = [[*probe_ids, *answer] for answer in answer_ids]
         self.answer_lengths = torch.tensor([len(ids) for ids in answer_ids], device=device)
         copy_lengths = len(probe_ids) + self.answer_lengths - 1  # (B,)

@@ -30,6 +30,21 @@ def config(**settings):
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
         ({"importance_sampling_level": "sequence"}, "Set importance_sampling_level='token'"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"num_continuations": 0}, "num_continuations must be 1 or larger, got 0"),
+        ({"max_continuation_length": 0}, "max_continuation_length must be 1 or larger, got 0"),
+        (
+            {
+                "correctness_estimator": "rollout",
+                "use_vllm": True,
+                "vllm_max_model_length": 100,
+                "max_prompt_length": 50,
+                "max_completion_length": 16,
+                "max_continuation_length": 40,
+                "answer_probe": "</think>",
+            },
+            "may take 50 + 16 + 8 + 40 = 114 tokens. Set it to that",
+        ),
+        ({"weight_sync_dir": "x"}, "Set use_vllm=True and vllm_mode='server'"),
     ],
 )
 def test_settings_that_cannot_be_right_are_refused(settings, message):
@@ -50,8 +65,10 @@ def test_option_names_are_a_decision():
         "episode_format",
         "fisher_damping",
         "fisher_ema",
+        "max_continuation_length",
         "max_episodes",
         "max_prompt_length",
+        "num_continuations",
         "on_bad_row",
         "parameter_update",
         "penalty_unit",
@@ -62,6 +79,8 @@ def test_option_names_are_a_decision():
         "scoring_batch_size",
         "token_credit",
         "trim_fraction",
+        "vllm_importance_sampling_mode",
+        "weight_sync_dir",
     ]
 
 
@@ -76,3 +95,7 @@ def test_defaults_follow_the_paper():
     settings = config()
     assert (settings.process_reward_coef, settings.compression_coef) == (0.8, 0.6)
     assert (settings.fisher_damping, settings.trim_fraction, settings.max_episodes) == (1e-5, 0.05, 30)
+
+
+def test_long_completions_keep_their_weight_with_vllm():
+    assert config().vllm_importance_sampling_mode == "token_truncate"

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from l2t_trl.metrics import summarise, zero_std_share
+from l2t_trl.metrics import importance_shares, summarise, zero_std_share
 
 
 def test_summary_by_hand():
@@ -39,3 +39,15 @@ def test_share_of_equal_groups_with_signal():
     # Groups of two: equal with signal; unequal; equal without; equal but for a missing one, without.
     assert zero_std_share(outcomes, signal, 2) == 1 / 3
     assert math.isnan(zero_std_share(torch.tensor([0.0, 1.0]), torch.tensor([True, True]), 2))
+
+
+def test_shares_of_importance_weights_by_hand():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    # Of four tokens one has weight 0 and one the largest; what stands on padding counts for nothing.
+    ratio = torch.tensor([[1.0, 0.0, 3.0], [0.5, 0.0, 3.0]])
+    shares = importance_shares(ratio, mask, 3.0, lambda counts: counts)
+    assert shares == {"importance_masked/frac": 0.25, "importance_truncated/frac": 0.25}
+    # One weight per completion counts for all its tokens; another rank's four tokens are all masked.
+    other = torch.tensor([[4, 0, 4]])
+    shares = importance_shares(torch.tensor([[0.0], [1.0]]), mask, None, lambda counts: torch.cat([counts, other]))
+    assert shares == {"importance_masked/frac": 7 / 8, "importance_truncated/frac": 0.0}

@@ -6,8 +6,13 @@ from collections import deque
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
 
 from l2t_trl import L2TConfig, L2TTrainer
+from l2t_trl.generation.client import RolloutClient
+from l2t_trl.generation.engine import RolloutEngine
 from trainers import make_trainer
 
 
@@ -21,6 +26,10 @@ from trainers import make_trainer
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("log", ["self", "logs", "start_time"]),
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        (
+            "_generate_single_turn",
+            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
     ],
 )
 def test_hooks_keep_their_signatures(name, parameters):
@@ -35,14 +44,26 @@ def test_only_known_hooks_are_overridden():
         "_generate_and_score_completions",
         "_load_optimizer_and_scheduler",
         "_save_checkpoint",
+        "evaluate",
         "log",
         "training_step",
     }
 
 
 def test_field_names_are_new_to_grpo():
+    # But for the one whose default is another.
     parent = set(GRPOConfig.__dataclass_fields__)
-    assert not parent & set(L2TConfig.__annotations__)
+    assert parent & set(L2TConfig.__annotations__) == {"vllm_importance_sampling_mode"}
+
+
+def test_the_engine_of_rollouts_is_where_ours_takes_its_place():
+    source = inspect.getsource(GRPOTrainer.__init__)
+    assert "self.vllm_generation = VLLMGeneration(" in source and hasattr(grpo_trainer, "VLLMGeneration")
+    names = {name for name in vars(RolloutEngine) if hasattr(VLLMGeneration, name) and not name.startswith("__")}
+    assert names == {"_init_vllm", "generate", "sync_weights"}
+    assert callable(VLLMGeneration._iter_named_params)
+    names = {name for name in vars(RolloutClient) if hasattr(VLLMClient, name) and not name.startswith("__")}
+    assert names == {"_get", "_post", "check_server", "generate"}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +95,8 @@ def test_buffers_have_the_layout_that_is_written_to(scored):
     assert set(trainer._metrics) == {"train", "eval"}
     assert isinstance(trainer._metrics["train"]["anything"], list)
     assert isinstance(trainer._logs["extra"]["anything"], deque)
+    assert isinstance(trainer._pending_extra_logs["anything"], list)
+    assert isinstance(trainer._pending_metrics["anything"], list)
     assert trainer._logs["extra"]["anything"].maxlen == trainer.args.generation_batch_size
     assert trainer.scale_rewards in ("group", "batch", "none")
     assert trainer.reward_weights.shape == (1,)

@@ -9,6 +9,7 @@ writes what was seen to record.json in the output folder.
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 
 
@@ -18,6 +19,7 @@ import torch  # noqa: E402
 
 from l2t_trl import L2TTrainer  # noqa: E402
 from l2t_trl.errors import RolloutError  # noqa: E402
+from l2t_trl.launch import end_process  # noqa: E402
 from trainers import make_trainer  # noqa: E402
 
 
@@ -25,7 +27,7 @@ from trainers import make_trainer  # noqa: E402
 LEARNING_RATE = 2e-2
 
 
-def train(model: str, output: Path, steps: int = 3, resume: str | None = None, **settings):
+def train(model: str, output: Path, steps: int = 3, resume: str | None = None, callback=None, **settings):
     """Train, and return the trainer and its record."""
     adapter = None
     if settings.pop("lora", False):
@@ -48,6 +50,8 @@ def train(model: str, output: Path, steps: int = 3, resume: str | None = None, *
             **settings,
         },
     )
+    if callback is not None:
+        trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=resume)
         error = None
@@ -69,8 +73,16 @@ def colocate(model: str, output: Path, **settings):
     return record
 
 
-def server(model: str, output: Path, **settings):
-    return train(model, output, vllm_mode="server", **settings)[1]
+def server(model: str, output: Path, kill_after: tuple[int, int] | None = None, **settings):
+    """Train against a server; `kill_after` is a step and the process group that does not outlive it."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if kill_after is not None and state.global_step == kill_after[0]:
+                os.killpg(kill_after[1], signal.SIGKILL)
+
+    return train(model, output, vllm_mode="server", callback=Kill(), **settings)[1]
 
 
 def main():
@@ -82,7 +94,9 @@ def main():
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     record = globals()[args.name](args.model, args.output, **args.settings)
-    (args.output / "record.json").write_text(json.dumps(record))
+    if os.environ.get("RANK", "0") == "0":
+        (args.output / "record.json").write_text(json.dumps(record))
+    end_process()
 
 
 if __name__ == "__main__":

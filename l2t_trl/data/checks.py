@@ -17,7 +17,7 @@ PROGRESS_FROM = 5000
 def check_rows(
     dataset,
     tokenizer,
-    answer_column: str = "answer",
+    answer_column: str | None = "answer",
     max_prompt_length: int | None = None,
     on_bad_row: Literal["stop", "drop"] = "stop",
 ):
@@ -31,7 +31,7 @@ def check_rows(
         tokenizer (`transformers.PreTrainedTokenizerBase`):
             Tokenizer of the model, with a chat template if the prompts are chats.
         answer_column (`str`, *optional*, defaults to `"answer"`):
-            Column with the gold answer.
+            Column with the gold answer; `None` if none is needed.
         max_prompt_length (`int`, *optional*):
             Most tokens of a prompt, chat template included; by default there is no limit.
         on_bad_row (`str`, *optional*, defaults to `"stop"`):
@@ -48,7 +48,8 @@ def check_rows(
 
     if isinstance(dataset, IterableDataset):
         return dataset
-    for column in ("prompt", answer_column):
+    names = ["prompt"] if answer_column is None else ["prompt", answer_column]
+    for column in names:
         if column not in dataset.column_names:
             raise ValueError(
                 f"The data set has no column {column!r}; its columns are {', '.join(dataset.column_names)}."
@@ -57,12 +58,13 @@ def check_rows(
         raise ValueError("The data set has no rows.")
 
     bad_rows = defaultdict(list)
-    columns = dataset.select_columns(["prompt", answer_column])
+    columns = dataset.select_columns(names)
     for start in tqdm(
         range(0, len(dataset), BATCH_SIZE), desc="Checking rows", disable=len(dataset) < PROGRESS_FROM, leave=False
     ):
         batch = columns[start : start + BATCH_SIZE]
-        reasons = _find_reasons(batch["prompt"], batch[answer_column], tokenizer, answer_column, max_prompt_length)
+        answers = None if answer_column is None else batch[answer_column]
+        reasons = _find_reasons(batch["prompt"], answers, tokenizer, answer_column, max_prompt_length)
         for offset, reason in enumerate(reasons):
             if reason is not None:
                 bad_rows[reason].append(start + offset)
@@ -84,18 +86,26 @@ def check_rows(
 
 
 def _find_reasons(
-    prompts: Sequence[Any], answers: Sequence[Any], tokenizer, answer_column: str, max_prompt_length: int | None
+    prompts: Sequence[Any],
+    answers: Sequence[Any] | None,
+    tokenizer,
+    answer_column: str | None,
+    max_prompt_length: int | None,
 ) -> list[str | None]:
     """Return for each row why it cannot be used, or `None`."""
-    reasons = [_shape_reason(prompt, answer, answer_column) for prompt, answer in zip(prompts, answers, strict=True)]
+    reasons = [_prompt_reason(prompt) for prompt in prompts]
+    if answers is not None:
+        pairs = zip(reasons, answers, strict=True)
+        reasons = [reason or _answer_reason(answer, answer_column) for reason, answer in pairs]
     usable = [row for row, reason in enumerate(reasons) if reason is None]
     if not usable:
         return reasons
 
-    answer_ids = tokenizer([answers[row] for row in usable], add_special_tokens=False)["input_ids"]
-    for row, ids in zip(usable, answer_ids, strict=True):
-        if len(ids) == 0:
-            reasons[row] = f"{answer_column} has no token"
+    if answers is not None:
+        answer_ids = tokenizer([answers[row] for row in usable], add_special_tokens=False)["input_ids"]
+        for row, ids in zip(usable, answer_ids, strict=True):
+            if len(ids) == 0:
+                reasons[row] = f"{answer_column} has no token"
 
     if max_prompt_length is not None:
         texts = {row: _prompt_text(prompts[row], tokenizer) for row in usable}
@@ -108,7 +118,7 @@ def _find_reasons(
     return reasons
 
 
-def _shape_reason(prompt: Any, answer: Any, answer_column: str) -> str | None:
+def _prompt_reason(prompt: Any) -> str | None:
     if isinstance(prompt, str):
         texts = [prompt]
     elif isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
@@ -118,6 +128,10 @@ def _shape_reason(prompt: Any, answer: Any, answer_column: str) -> str | None:
         return "prompt is neither text nor a list of chat messages"
     if not texts or not texts[-1].strip():
         return "empty prompt"
+    return None
+
+
+def _answer_reason(answer: Any, answer_column: str) -> str | None:
     if answer is None:
         return f"{answer_column} is null"
     if not isinstance(answer, str):

@@ -118,7 +118,9 @@ class RolloutClient(VLLMClient):
         ours = {size: getattr(config, size, None) for size in MODEL_SIZES}
         if theirs != ours:
             differences = [f"{size} {theirs.get(size)} instead of {ours[size]}" for size in ours]
-            differences = [text for text, size in zip(differences, ours, strict=True) if theirs.get(size) != ours[size]]
+            differences = [
+                text for text, size in zip(differences, ours, strict=True) if theirs.get(size) != ours[size]
+            ]
             raise ValueError(
                 f"The vLLM server at {self.base_url} serves another model, {self.model}: {', '.join(differences)}. "
                 f"{start_it}, or set another vllm_server_port."
