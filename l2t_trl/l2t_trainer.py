@@ -258,49 +258,41 @@ class L2TTrainer(GRPOTrainer):
 
     def _continued_correctness(self, inputs, prompt_ids, completion_ids, spans) -> torch.Tensor:
         """J `(B, S)` of every cut: the mean outcome reward of `num_continuations` continuations."""
-        start, times = time.perf_counter(), self.args.num_continuations
+        start, times, rank = time.perf_counter(), self.args.num_continuations, self.accelerator.process_index
         cuts = all_cuts(completion_ids, spans, self._probe_ids)
         # Engines and gathers count on equally many from every rank: those with fewer cuts repeat their first.
         count = int(self.accelerator.gather(torch.tensor([len(cuts)], device=self.accelerator.device)).max())
         asked = [cut for cut in [*cuts, *cuts[:1] * (count - len(cuts))] for _ in range(times)]
-        continued = self._continue([prompt_ids[cut.row] + cut.prefix for cut in asked])
-        ids = [cut.prefix + continuation for cut, continuation in zip(asked, continued, strict=True)]
+        continuations = self._continue([prompt_ids[cut.row] + cut.prefix for cut in asked])
+        ids = [cut.prefix + continuation for cut, continuation in zip(asked, continuations, strict=True)]
         rows = [inputs[cut.row] for cut in asked]
-        prompts, completions = (
-            [row["prompt"] for row in rows],
-            self._tokenizer.batch_decode(ids, skip_special_tokens=True),
-        )
+        prompts = [row["prompt"] for row in rows]
+        completions = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         if is_conversational({"prompt": prompts[0]}):
             completions = [[{"role": "assistant", "content": text}] for text in completions]
         with self._unlogged_rewards():
             rewards = super()._calculate_rewards(rows, prompts, completions, ids)
-        own = self._weighted(rewards).view(self.accelerator.num_processes, count, times)[
-            self.accelerator.process_index
-        ]
+        rewards = self._weighted(rewards.masked_fill(rewards.isinf(), torch.nan)).view(-1, count, times)[rank]
         self._log_l2t({"continuation_s": time.perf_counter() - start})
-        return mean_rewards(cuts, own[: len(cuts)], len(inputs))
+        return mean_rewards(cuts, rewards[: len(cuts)], len(inputs))
 
     def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
         """Short continuations of token ids, by whatever makes the rollouts."""
-        engine, name = (
-            (self.vllm_generation, "max_completion_length")
-            if self.use_vllm
-            else (self.generation_config, "max_new_tokens")
-        )
-        # vLLM forms its batches itself.
-        size = (
-            len(prompts) if self.use_vllm else self.args.per_device_train_batch_size * self.args.steps_per_generation
-        )
-        length = getattr(engine, name)
-        setattr(engine, name, self.args.max_continuation_length)
-        continued = []
+        args = self.args
+        engine, name = self.generation_config, "max_new_tokens"
+        size = args.per_device_train_batch_size * args.steps_per_generation
+        if self.use_vllm:
+            # It forms its batches itself.
+            engine, name, size = self.vllm_generation, "max_completion_length", len(prompts)
+        length, continuations = getattr(engine, name), []
+        setattr(engine, name, args.max_continuation_length)
         try:
             for start in range(0, len(prompts), size):
                 batch = prompts[start : start + size]
-                continued += self._generate_single_turn(batch, None, {}, self.args.num_continuations)[0]
+                continuations += self._generate_single_turn(batch, None, {}, args.num_continuations)[0]
         finally:
             setattr(engine, name, length)
-        return continued
+        return continuations
 
     @contextmanager
     def _unlogged_rewards(self) -> Iterator[None]:

@@ -23,7 +23,13 @@ GSM8K_ROWS = [
 @pytest.fixture
 def args():
     """The trainer's settings that loading reads."""
-    return SimpleNamespace(seed=0, answer_column="answer", max_prompt_length=4096, on_bad_row="stop")
+    return SimpleNamespace(
+        seed=0,
+        answer_column="answer",
+        correctness_estimator="answer_likelihood",
+        max_prompt_length=4096,
+        on_bad_row="stop",
+    )
 
 
 def write_rows(path, rows):
@@ -322,3 +328,16 @@ def test_many_rows_are_checked_quickly(tiny_tokenizer):
     check_rows(dataset, tiny_tokenizer, "answer", 4096)
     # Measured: 0.5 s of processor time; one row at a time takes ten times that.
     assert time.process_time() - start < 4
+
+
+def test_rows_without_answers_are_for_continuations_alone(tmp_path, args, tiny_tokenizer):
+    path = write_rows(tmp_path / "code.jsonl", [{"question": f"Task {k}", "tests": "assert f()"} for k in range(4)])
+    script_args = L2TScriptArguments(dataset_name=path, eval_before_after=False)
+    with pytest.raises(UserError, match=r"no column 'answer' \(answer_column\)"):
+        load_rows(script_args, args, tiny_tokenizer)
+    args.correctness_estimator = "rollout"
+    rows, _ = load_rows(script_args, args, tiny_tokenizer)
+    assert rows.column_names == ["prompt", "tests"] and len(rows) == 4
+    # What is evaluated is compared with answers.
+    with pytest.raises(UserError, match=r"no column 'answer' \(answer_column\)"):
+        load_rows(L2TScriptArguments(dataset_name=path), args, tiny_tokenizer)

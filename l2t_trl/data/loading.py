@@ -197,17 +197,18 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     extract = str
     if source is not None and answer_column == "answer":
         answer_column, extract = source.answer, source.extract
+    # Neither continuations nor rewards of the user's own need gold answers; evaluations do.
+    needs_answers = training_args.correctness_estimator != "rollout" or script_args.eval_before_after
     for setting, column in (("question_column", question_column), ("answer_column", answer_column)):
-        if column not in names:
+        if column not in names and (setting == "question_column" or needs_answers):
             raise UserError(f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.")
 
     is_chat = tokenizer.chat_template is not None
-    columns = {
-        "prompt": [_prompt(row.get(question_column), script_args, is_chat) for row in rows],
-        "answer": [_answer(row.get(answer_column), extract) for row in rows],
-    }
-    # The trainer looks for its answers under the configured name.
-    columns.setdefault(training_args.answer_column, columns["answer"])
+    columns = {"prompt": [_prompt(row.get(question_column), script_args, is_chat) for row in rows]}
+    if answer_column in names:
+        columns["answer"] = [_answer(row.get(answer_column), extract) for row in rows]
+        # The trainer looks for its answers under the configured name.
+        columns.setdefault(training_args.answer_column, columns["answer"])
     for column in names:
         values = [row.get(column) for row in rows]
         kinds = {type(value) for value in values if value is not None}
@@ -306,7 +307,7 @@ def _check(dataset, name: str, tokenizer, training_args):
         return check_rows(
             dataset,
             tokenizer,
-            answer_column="answer",
+            answer_column="answer" if "answer" in dataset.column_names else None,
             max_prompt_length=training_args.max_prompt_length,
             on_bad_row=training_args.on_bad_row,
         )
