@@ -26,7 +26,16 @@ def test_functions_exist(name):
         assert (ROOT / "tests" / name).exists()
         return
     owner, attribute = name.split(".")
-    modules = ("episodes", "scoring", "proxy", "compression", "sharding", "advantages", "l2t_trainer")
+    modules = (
+        "episodes",
+        "scoring",
+        "continuations",
+        "proxy",
+        "compression",
+        "sharding",
+        "advantages",
+        "l2t_trainer",
+    )
     if owner in modules:
         assert hasattr(importlib.import_module(f"l2t_trl.{owner}"), attribute)
     else:

@@ -37,6 +37,7 @@ from trainers import make_trainer
 
 
 TESTS = Path(__file__).parent
+RECIPES = TESTS.parent / "recipes"
 TOLERANCE, STALE = 1e-4, 1e-2
 needs_vllm = pytest.mark.skipif(not is_vllm_available(), reason="vLLM is not installed (make install VLLM=1)")
 
@@ -109,6 +110,31 @@ def test_engines_of_two_processes_have_sharded_weights(tied_folder, tmp_path):
     record = run("colocate", tied_folder, tmp_path, tuple(launcher), per_device_train_batch_size=4)
     assert len(record["logs"]) == 3 and max(differences(record)) < TOLERANCE
     assert record["stale"] > STALE
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_control_has_the_same_rollouts(tmp_path):
+    # The embedded model by the command, as `make train VLLM=1 METHOD=grpo` does.
+    settings = {"use_vllm": "true", "max_steps": 2, "train_size": 16, "per_device_train_batch_size": 8}
+    settings |= {"eval_before_after": "false", "output_dir": tmp_path / "out", "save_strategy": "steps"}
+    command = [
+        sys.executable,
+        "-m",
+        "l2t_trl.cli",
+        "train",
+        "--config",
+        str(RECIPES / "tiny" / "grpo" / "arithmetic.yaml"),
+    ]
+    command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    # None of vLLM's hundreds of lines.
+    assert "INFO" not in finished.stdout + finished.stderr
+    log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["sampling/sampling_logp_difference/max"] < TOLERANCE for entry in log] == [True, True]
 
 
 def test_cache_bytes_by_hand():
