@@ -8,11 +8,20 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import GRPOTrainer
 
 from l2t_trl.advantages import Group, fitting_gains, token_advantages
-from l2t_trl.checkpoints import RANK_FILE, STATE_FILE, load_ranks, pack_batches, save_tensors, unpack_batches
+from l2t_trl.checkpoints import (
+    RANK_FILE,
+    ROLLOUT_SETTINGS,
+    STATE_FILE,
+    check_resumable,
+    load_ranks,
+    pack_batches,
+    save_tensors,
+    unpack_batches,
+)
 from l2t_trl.compression import CompressionPenalty
 from l2t_trl.data.checks import check_rows
 from l2t_trl.episodes import segment, token_bytes
@@ -138,6 +147,13 @@ class L2TTrainer(GRPOTrainer):
         )
         self._last_gradient: torch.Tensor | None = None  # its proxy coordinates
         self._watches_engine = False
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        is_last = resume_from_checkpoint is True
+        folder = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
+        if folder:
+            check_resumable(Path(folder), self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -311,7 +327,9 @@ class L2TTrainer(GRPOTrainer):
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         own = self._sharded_proxy.start_tensors()
         # Completions that later steps still train on.
-        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+        rollout = self.args.steps_per_generation * self.num_iterations
+        has_pending = self._buffered_inputs is not None and self._step % rollout != 0
+        if has_pending:
             own |= {f"batch.{name}": value for name, value in pack_batches(self._buffered_inputs).items()}
         if own:
             save_tensors(folder / RANK_FILE.format(rank), own)
@@ -323,6 +341,8 @@ class L2TTrainer(GRPOTrainer):
                 state["last_gradient"] = self._last_gradient
             state["bases_step"] = torch.tensor(-1 if self._bases_step is None else self._bases_step)
             state |= {"step": torch.tensor(self._step), "world_size": torch.tensor(world_size)}
+            state |= {name: torch.tensor(getattr(self.args, name)) for name in ROLLOUT_SETTINGS}
+            state["has_pending"] = torch.tensor(has_pending)
             save_tensors(folder / STATE_FILE, state)
         self.accelerator.wait_for_everyone()
 
@@ -340,17 +360,18 @@ class L2TTrainer(GRPOTrainer):
             self._bases = {name: (state[f"u.{name}"], state[f"v.{name}"]) for name in self._proxy_names}
             self._scorer.set_bases(self._bases)
         self._last_gradient = state.get("last_gradient")
-        self._step = int(state["step"])
-        ranks = load_ranks(folder)
+        ranks = load_ranks(folder, int(state["world_size"]))
         if any(":start" in name for tensors in ranks for name in tensors):
             self._sharded_proxy.load_start(ranks)
-        if int(state["world_size"]) == self.accelerator.num_processes and ranks:
+        # Steps count from a rollout's beginning, whatever a step is made of by now.
+        self._step, self._buffered_inputs = 0, None
+        if state["has_pending"]:
             own = ranks[self.accelerator.process_index]
             batches = {key.removeprefix("batch."): value for key, value in own.items() if key.startswith("batch.")}
-            if batches:
-                self._buffered_inputs = [
-                    {name: value.to(device) for name, value in batch.items()} for batch in unpack_batches(batches)
-                ]
+            self._step = int(state["step"])
+            self._buffered_inputs = [
+                {name: value.to(device) for name, value in batch.items()} for batch in unpack_batches(batches)
+            ]
 
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -195,6 +195,34 @@ def test_a_resumed_run_equals_an_unbroken_one_bitwise(tmp_path, folder, unbroken
         assert weight_difference(results(before, name)[1], results(tmp_path, name)[1]) == 0.0, name
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "settings"),
+    [
+        ((None, 1), ("cpu", 2), {}),
+        # As many completions per process as before, so that one step is made of two backward passes instead of one.
+        (("cpu", 2), (None, 1), {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ],
+    ids=["one to two", "two to one"],
+)
+def test_another_number_of_processes_goes_on_alike_between_rollouts(
+    tmp_path, folder, unbroken, before, after, settings
+):
+    saved, names = unbroken(*before), (*UPDATES, "grpo")
+    again = {}
+    for name in names:
+        again |= resumed(saved, name, 2, **settings)
+    finished = start(folder, tmp_path, again, *after)
+    assert finished.returncode == 0, finished.stdout[-3000:]
+    grpo = weight_difference(results(saved, "grpo")[1], results(tmp_path, "grpo")[1])
+    for name in UPDATES:
+        expected, record = rest(saved, name, 2), rest(tmp_path, name, 0)
+        assert any(any(row) for row in expected["penalties"][0]), name
+        for key in expected:
+            assert difference(expected[key], record[key]) < TOLERANCE, (name, key)
+        weights = weight_difference(results(saved, name)[1], results(tmp_path, name)[1])
+        assert weights < 3 * max(grpo, 1e-5), name
+
+
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, folder):
     runs = {"drift": saving("drift")}
     assert start(folder, tmp_path / "unbroken", runs).returncode == 0
@@ -210,9 +238,8 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
 
 
 def test_another_number_of_shards_is_refused(tmp_path, folder):
-    """By DeepSpeed, whose message says both numbers."""
     runs = {"drift": saving("drift") | {"max_steps": 1}}
     assert start(folder, tmp_path / "two", runs, "cpu_zero3", 2).returncode == 0
     finished = start(folder, tmp_path / "one", resumed(tmp_path / "two", "drift", 1), "cpu_zero3", 1)
     assert finished.returncode != 0
-    assert "DP world size of 2 but the current world size is 1" in finished.stdout
+    assert "holds DeepSpeed's shards for num_processes 2, got 1. Set num_processes to 2" in finished.stdout
