@@ -416,14 +416,18 @@ def _say_nothing(*_):
 if __name__ == "__main__":
     # Started by accelerate's launcher in each process: here accelerate_config has been followed already.
     from l2t_trl.cli import report_errors
+    from l2t_trl.launch import end_process, hand_to_launcher
     from l2t_trl.parsing import parse as parse_in_process
 
     def _main() -> int:
-        configuration = parse_in_process(sys.argv[1:])
-        main(configuration.script, configuration.training, configuration.model)
+        try:
+            configuration = parse_in_process(sys.argv[1:])
+            main(configuration.script, configuration.training, configuration.model)
+        except UserError as error:
+            if hand_to_launcher(error):
+                return 2
+            raise
         return 0
-
-    from l2t_trl.launch import end_process
 
     exit_code = report_errors("train", _main)
     if exit_code == 0:
