@@ -1,6 +1,7 @@
 """What a checkpoint holds beside what transformers saves, written so that a kill at any moment leaves no half truth."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE_FILE = "l2t_state.safetensors"  # the same on all ranks, written by the first
 RANK_FILE = "l2t_rank_{:0>5}.safetensors"  # each rank's own
+# Beside the number of processes, what the shape of a rank's pending completions depends on.
+ROLLOUT_SETTINGS = ("steps_per_generation", "per_device_train_batch_size")
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -24,9 +27,14 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     os.replace(staging, path)
 
 
-def load_ranks(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Every rank's own tensors, in the order of the ranks."""
-    return [load_file(path) for path in sorted(folder.glob(RANK_FILE.format("?????")))]
+def load_ranks(folder: Path, world_size: int) -> list[dict[str, torch.Tensor]]:
+    """
+    Every rank's own tensors, in the order of the ranks; nothing for a rank that has saved none.
+
+    An earlier run of more processes may have left further files in the folder, which are not read.
+    """
+    paths = [folder / RANK_FILE.format(rank) for rank in range(world_size)]
+    return [load_file(path) if path.exists() else {} for path in paths]
 
 
 def pack_batches(batches: list[dict]) -> dict[str, torch.Tensor]:
@@ -66,6 +74,52 @@ def is_complete(folder: Path) -> bool:
     names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     # With save_only_model there is no random state at all.
     return not list(folder.glob("rng_state*.pth")) or all((folder / name).exists() for name in names)
+
+
+def check_resumable(folder: Path, args) -> None:
+    """
+    Refuse a checkpoint that a run of these settings cannot go on from; reads two small things and loads nothing.
+
+    Args:
+        folder (`Path`): the checkpoint.
+        args ([`L2TConfig`]): settings of the run that is to go on.
+
+    Raises:
+        ValueError: if the optimiser's state is sharded otherwise, or completions are left that this run cannot use.
+    """
+    is_sharded, uses_deepspeed = any(folder.glob("global_step*")), args.deepspeed_plugin is not None
+    if is_sharded != uses_deepspeed:
+        saved, got = ("with", "without") if is_sharded else ("without", "with")
+        raise ValueError(
+            f"{folder} was saved {saved} DeepSpeed's optimiser state, got a run {got} DeepSpeed. Set accelerate_config "
+            "as it was then, or start anew from these weights by model_name_or_path."
+        )
+    if not (folder / STATE_FILE).exists():
+        return
+    with safe_open(folder / STATE_FILE, "pt") as state:
+        saved = {name: int(state.get_tensor(name)) for name in ("world_size", *ROLLOUT_SETTINGS)}
+        has_pending = bool(state.get_tensor("has_pending"))
+    if is_sharded and saved["world_size"] != args.world_size and not _is_universal(args.deepspeed_plugin):
+        raise ValueError(
+            f"{folder} holds DeepSpeed's shards for num_processes {saved['world_size']}, got {args.world_size}. Set "
+            f"num_processes to {saved['world_size']}, or start anew from these weights by model_name_or_path."
+        )
+    now = {"world_size": args.world_size} | {name: getattr(args, name) for name in ROLLOUT_SETTINGS}
+    if has_pending and saved != now:
+        saved["num_processes"], now["num_processes"] = saved.pop("world_size"), now.pop("world_size")
+        changed = [name for name in now if saved[name] != now[name]]
+        then, got = (", ".join(f"{name} {values[name]}" for name in changed) for values in (saved, now))
+        rollout = args.steps_per_generation * args.num_iterations
+        every = math.lcm(rollout, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+        raise ValueError(
+            f"{folder} holds completions that are still to be trained on with {then}, got {got}. Set what it was, or "
+            f"resume from a checkpoint that ends a rollout: every {every} steps there is one."
+        )
+
+
+def _is_universal(deepspeed_plugin) -> bool:
+    """Whether DeepSpeed was told to read its universal format, which fits any number of processes."""
+    return bool(deepspeed_plugin.deepspeed_config.get("checkpoint", {}).get("load_universal"))
 
 
 def last_complete_checkpoint(output_dir: str) -> tuple[Path | None, list[Path]]:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin
 
+import torch
 from trl import GRPOConfig
 
 
@@ -186,6 +187,12 @@ class L2TConfig(GRPOConfig):
         super().__post_init__()
         self._check_ranges()
         self._check_combinations()
+
+    @property
+    def device(self) -> torch.device:
+        # Processes on one CPU are given cpu:0, cpu:1 and so on, from which torch.load reads no optimiser state back.
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def _check_ranges(self):
         def require(is_valid: bool, name: str, instead: str):

@@ -11,12 +11,21 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from l2t_trl.advantages import Group, fitting_gains, token_advantages
-from l2t_trl.checkpoints import RANK_FILE, STATE_FILE, load_ranks, pack_batches, save_tensors, unpack_batches
+from l2t_trl.checkpoints import (
+    RANK_FILE,
+    ROLLOUT_SETTINGS,
+    STATE_FILE,
+    check_resumable,
+    load_ranks,
+    pack_batches,
+    save_tensors,
+    unpack_batches,
+)
 from l2t_trl.compression import CompressionPenalty
 from l2t_trl.continuations import all_cuts, mean_rewards
 from l2t_trl.data.checks import check_rows
@@ -106,6 +115,7 @@ class L2TTrainer(GRPOTrainer):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, **kwargs)
         if self._is_vlm:
             raise ValueError("L2TTrainer scores text only. Use GRPOTrainer for a vision-language model.")
+        self._start_of_step = -1, 0  # the present step, and TRL's count of batches when it began
         # Without process reward and with advantages that it alone would shape, this is GRPO, to the bit.
         self.has_process_reward = args.process_reward_coef > 0 or args.advantage_form in ("paper", "episode")
         if not self.has_process_reward:
@@ -148,6 +158,13 @@ class L2TTrainer(GRPOTrainer):
         )
         self._last_gradient: torch.Tensor | None = None  # its proxy coordinates
         self._watches_engine = False
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        is_last = resume_from_checkpoint is True
+        folder = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
+        if folder:
+            check_resumable(Path(folder), self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -326,6 +343,8 @@ class L2TTrainer(GRPOTrainer):
         if reads_gradient and is_deepspeed and not self._watches_engine:
             before_every_step(self.accelerator.deepspeed_engine_wrapped.engine, self._keep_gradient)
             self._watches_engine = True
+        if self._start_of_step[0] != self.state.global_step:
+            self._start_of_step = self.state.global_step, self._step
         with self._saving_on_failed_rollouts():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if reads_gradient and not is_deepspeed and self.accelerator.sync_gradients:
@@ -344,11 +363,11 @@ class L2TTrainer(GRPOTrainer):
         except RolloutError as error:
             step, generate_every = self.state.global_step, self.args.steps_per_generation * self.num_iterations
             # Rollouts are asked for at the start of a step or in its midst, when that step is made anew.
-            start_of_step = step * self.args.gradient_accumulation_steps
-            can_go_on = self._step == start_of_step or start_of_step % generate_every == 0
+            start = self._start_of_step[1] if self._start_of_step[0] == step else self._step
+            can_go_on = start in (self._step, start // generate_every * generate_every)
             if not self.is_in_train or step == 0 or self.args.save_strategy == SaveStrategy.NO or not can_go_on:
                 raise
-            self._step = start_of_step
+            self._step = start
             self.model.train()
             self._save_checkpoint(self.model, trial=None)
             raise RolloutError(
@@ -409,7 +428,9 @@ class L2TTrainer(GRPOTrainer):
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         own = self._sharded_proxy.start_tensors()
         # Completions that later steps still train on.
-        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+        rollout = self.args.steps_per_generation * self.num_iterations
+        has_pending = self._buffered_inputs is not None and self._step % rollout != 0
+        if has_pending:
             own |= {f"batch.{name}": value for name, value in pack_batches(self._buffered_inputs).items()}
         if own:
             save_tensors(folder / RANK_FILE.format(rank), own)
@@ -421,6 +442,8 @@ class L2TTrainer(GRPOTrainer):
                 state["last_gradient"] = self._last_gradient
             state["bases_step"] = torch.tensor(-1 if self._bases_step is None else self._bases_step)
             state |= {"step": torch.tensor(self._step), "world_size": torch.tensor(world_size)}
+            state |= {name: torch.tensor(getattr(self.args, name)) for name in ROLLOUT_SETTINGS}
+            state["has_pending"] = torch.tensor(has_pending)
             save_tensors(folder / STATE_FILE, state)
         self.accelerator.wait_for_everyone()
 
@@ -438,17 +461,18 @@ class L2TTrainer(GRPOTrainer):
             self._bases = {name: (state[f"u.{name}"], state[f"v.{name}"]) for name in self._proxy_names}
             self._scorer.set_bases(self._bases)
         self._last_gradient = state.get("last_gradient")
-        self._step = int(state["step"])
-        ranks = load_ranks(folder)
+        ranks = load_ranks(folder, int(state["world_size"]))
         if any(":start" in name for tensors in ranks for name in tensors):
             self._sharded_proxy.load_start(ranks)
-        if int(state["world_size"]) == self.accelerator.num_processes and ranks:
+        # Steps count from a rollout's beginning, whatever a step is made of by now.
+        self._step, self._buffered_inputs = 0, None
+        if state["has_pending"]:
             own = ranks[self.accelerator.process_index]
             batches = {key.removeprefix("batch."): value for key, value in own.items() if key.startswith("batch.")}
-            if batches:
-                self._buffered_inputs = [
-                    {name: value.to(device) for name, value in batch.items()} for batch in unpack_batches(batches)
-                ]
+            self._step = int(state["step"])
+            self._buffered_inputs = [
+                {name: value.to(device) for name, value in batch.items()} for batch in unpack_batches(batches)
+            ]
 
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -51,6 +51,9 @@ def launch(launch_args, argv: list[str]) -> int:
 
     Returns:
         `int`: exit code of the first process that failed, or 0.
+
+    Raises:
+        UserError: if that process has left one, by [`hand_to_launcher`].
     """
     import subprocess
 
@@ -68,8 +71,28 @@ def launch(launch_args, argv: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        failure = error.get_first_failure()[1]
+        if isinstance(failure.message, dict):  # a text where the process has left nothing
+            raise UserError(failure.message["message"].removeprefix("UserError: ")) from error
+        return failure.exitcode
     return 0
+
+
+def hand_to_launcher(error: UserError) -> bool:
+    """
+    Leave an error to [`launch`], which shows it once where each process would.
+
+    Returns:
+        `bool`: `False` where the process was started in a way that nobody would read it.
+    """
+    import os
+
+    if not os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+    return True
 
 
 def end_process() -> None:

@@ -113,6 +113,13 @@ def test_checkpoint_that_is_none(train_error, tmp_path):
     assert f"resume_from_checkpoint {tmp_path} is not a checkpoint folder" in message
 
 
+def test_checkpoint_of_other_shards(train_error, tmp_path):
+    (tmp_path / "global_step3").mkdir()
+    (tmp_path / "trainer_state.json").write_text("{}")
+    message = train_error(resume_from_checkpoint=str(tmp_path), model_name_or_path="neither/here")
+    assert f"{tmp_path} was saved with DeepSpeed's optimiser state, got a run without DeepSpeed" in message
+
+
 def test_unknown_reward(train_error):
     assert "reward_funcs: 'acuracy' is none of accuracy, format" in train_error(reward_funcs="acuracy")
 

@@ -1,6 +1,8 @@
 """What a checkpoint holds, and how a half-written one is told from a whole one."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from l2t_trl.checkpoints import (
     RANK_FILE,
     STATE_FILE,
+    check_resumable,
     is_complete,
     last_complete_checkpoint,
     load_ranks,
@@ -18,9 +21,13 @@ from l2t_trl.checkpoints import (
 )
 
 
-def write_checkpoint(folder, world_size=1):
+def write_checkpoint(folder, world_size=1, is_sharded=False, has_pending=False):
     folder.mkdir(parents=True)
-    save_tensors(folder / STATE_FILE, {"world_size": torch.tensor(world_size)})
+    state = {"world_size": world_size, "steps_per_generation": 2, "per_device_train_batch_size": 4}
+    state["has_pending"] = has_pending
+    save_tensors(folder / STATE_FILE, {name: torch.tensor(value) for name, value in state.items()})
+    if is_sharded:
+        (folder / "global_step3").mkdir()
     names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     for name in names:
         (folder / name).write_bytes(b"state")
@@ -79,8 +86,61 @@ def test_tensors_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     save_tensors(path.with_name(RANK_FILE.format(3)), {"y": torch.ones(1)})
     save_tensors(path.with_name(RANK_FILE.format(0)), {"y": torch.zeros(1)})
-    assert [one["y"].item() for one in load_ranks(path.parent)] == [0.0, 1.0]
+    assert [one.get("y") for one in load_ranks(path.parent, 4)] == [torch.zeros(1), None, None, torch.ones(1)]
     assert len(list(path.parent.iterdir())) == 3
+
+
+def test_files_of_more_processes_than_have_saved_are_not_read(tmp_path):
+    for rank in range(3):
+        save_tensors(tmp_path / RANK_FILE.format(rank), {"y": torch.tensor(rank)})
+    assert [one["y"].item() for one in load_ranks(tmp_path, 2)] == [0, 1]
+
+
+DEEPSPEED = SimpleNamespace(deepspeed_config={})
+UNIVERSAL = SimpleNamespace(deepspeed_config={"checkpoint": {"load_universal": True}})
+
+
+def settings(world_size, deepspeed_plugin=None, **others) -> SimpleNamespace:
+    defaults = {
+        "steps_per_generation": 2,
+        "per_device_train_batch_size": 4,
+        "num_iterations": 3,
+        "gradient_accumulation_steps": 2,
+    }
+    return SimpleNamespace(world_size=world_size, deepspeed_plugin=deepspeed_plugin, **defaults | others)
+
+
+@pytest.mark.parametrize(
+    ("is_sharded", "has_pending", "args"),
+    [
+        (False, False, settings(1)),
+        (False, False, settings(4, per_device_train_batch_size=2)),
+        (False, True, settings(2)),
+        (True, True, settings(2, DEEPSPEED)),
+        (True, False, settings(4, UNIVERSAL)),
+    ],
+)
+def test_a_checkpoint_that_fits_is_resumed(tmp_path, is_sharded, has_pending, args):
+    check_resumable(write_checkpoint(tmp_path / "checkpoint-3", 2, is_sharded, has_pending), args)
+
+
+@pytest.mark.parametrize(
+    ("is_sharded", "has_pending", "args", "message"),
+    [
+        (True, False, settings(4, DEEPSPEED), "num_processes 2, got 4. Set num_processes to 2, or start anew"),
+        (True, False, settings(2), "saved with DeepSpeed's optimiser state, got a run without DeepSpeed."),
+        (False, False, settings(2, DEEPSPEED), "saved without DeepSpeed's optimiser state, got a run with DeepSpeed."),
+        (False, True, settings(1), "with num_processes 2, got num_processes 1. Set what it was"),
+        (False, True, settings(1), "every 3 steps"),
+        (False, True, settings(1, gradient_accumulation_steps=4), "every 3 steps"),
+        (False, True, settings(1, gradient_accumulation_steps=1), "every 6 steps"),
+        (True, True, settings(4, UNIVERSAL), "with num_processes 2, got num_processes 4."),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, is_sharded, has_pending, args, message):
+    folder = write_checkpoint(tmp_path / "checkpoint-3", 2, is_sharded, has_pending)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))} .*{re.escape(message)}"):
+        check_resumable(folder, args)
 
 
 def test_tensors_that_share_memory_are_written(tmp_path):

@@ -350,38 +350,70 @@ def test_launch_hands_the_arguments_to_accelerate(monkeypatch, write_config):
     assert args.config_file.endswith("accelerate_configs/cpu.yaml")
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_train_on_the_cpu(tiny_folder, tmp_path):
+@pytest.fixture
+def launch_tiny(tiny_folder, tmp_path):
+    """Run `l2t train` with an accelerate configuration on the tiny model, as a user does, to its end."""
     rows = [{"question": f"What is {k} plus 1?", "answer": str(k + 1)} for k in range(8)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model_name_or_path": str(tiny_folder),
-        "dataset_name": str(data),
-        "test_size": 2,
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 1,
-        "num_generations": 2,
-        "per_device_train_batch_size": 2,
-        "max_completion_length": 8,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "accelerate_config": "cpu",
-    }
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "l2t_trl.cli", "train", "--config", str(config), "--main_process_port", "0"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    def run(accelerate_config: str, **settings) -> subprocess.CompletedProcess:
+        settings = {
+            "model_name_or_path": str(tiny_folder),
+            "dataset_name": str(data),
+            "test_size": 2,
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "num_generations": 2,
+            "per_device_train_batch_size": 2,
+            "max_completion_length": 8,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "accelerate_config": accelerate_config,
+        } | settings
+        config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "l2t_trl.cli", "train", "--config", str(config), "--main_process_port", "0"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("accelerate_config", ["cpu", "cpu_zero2", "cpu_zero3"])
+def test_two_processes_train_on_the_cpu(launch_tiny, tiny_folder, tmp_path, accelerate_config):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    result = launch_tiny(accelerate_config)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert (tmp_path / "out" / "model.safetensors").is_file()
     # One process reports, not both.
     assert result.stdout.count("Data: ") == 1
-    log = json.loads((tmp_path / "out" / "metrics.json").read_text())["log"]
-    # 2 processes x 2 completions: 2 groups of 2.
-    assert log[-1]["step"] == 1
+    if accelerate_config == "cpu_zero3":
+        assert "No evaluation before and after" in result.stdout
+    else:
+        log = json.loads((tmp_path / "out" / "metrics.json").read_text())["log"]
+        # 2 processes x 2 completions: 2 groups of 2.
+        assert log[-1]["step"] == 1
+    before = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    trained, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert all(value.isfinite().all() for value in trained.state_dict().values())
+    assert not any(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_what_the_trainer_refuses_is_said_once_for_all_processes(launch_tiny):
+    result = launch_tiny("cpu_zero3", proxy_modules="no_such_module")
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert result.stderr.count("l2t train: error: proxy_modules='no_such_module' matches no linear layer of") == 1
+    assert result.stderr.count("no_such_module") == 1
+    assert "Traceback" not in result.stderr
 
 
 # env

@@ -273,6 +273,25 @@ def test_a_checkpoint_without_our_state_is_refused(tagged_folder, tmp_path):
         ours.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
+def test_completions_that_are_left_cannot_be_shared_out_anew(tagged_folder, tmp_path):
+    settings = {"max_steps": 3, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(L2TTrainer, tagged_folder, tmp_path / "a", **settings).train()
+    halved = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    ours = make_trainer(L2TTrainer, tagged_folder, tmp_path / "b", **settings | halved)
+    before = weights(ours)
+    message = (
+        r"checkpoint-1 holds completions that are still to be trained on with steps_per_generation 1, "
+        r"per_device_train_batch_size 8, got steps_per_generation 2, per_device_train_batch_size 4\. Set what it was, or "
+        r"resume from a checkpoint that ends a rollout: every 2 steps there is one\."
+    )
+    with pytest.raises(ValueError, match=message):
+        ours.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert all_equal(before, weights(ours))
+    # At a rollout's end, the next one is shared out as it is now.
+    ours.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert ours.state.global_step == 3
+
+
 def test_the_proxy_is_refreshed_when_due(tagged_folder, tmp_path):
     trainer = make_trainer(L2TTrainer, tagged_folder, tmp_path, max_steps=5, proxy_refresh_steps=2)
     trainer.train()

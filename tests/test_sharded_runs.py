@@ -147,29 +147,84 @@ SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "num_iterat
 UPDATES = ("adaptation", "gradient", "drift")
 
 
-def resumed(output: Path, name: str, step: int) -> dict:
-    return {name: SAVING | {"parameter_update": name, "resume": str(output / name / f"checkpoint-{step}")}}
+def saving(name: str) -> dict:
+    return SAVING | (RUNS["grpo"] if name == "grpo" else {"parameter_update": name})
+
+
+def resumed(output: Path, name: str, step: int, **settings) -> dict:
+    return {name: saving(name) | settings | {"resume": str(output / name / f"checkpoint-{step}")}}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, folder):
+    """Runs with a checkpoint after every step, made once for each arrangement."""
+    outputs = {}
+
+    def run(config, num_processes):
+        if (config, num_processes) not in outputs:
+            output = tmp_path_factory.mktemp("unbroken")
+            runs = {name: saving(name) for name in (*UPDATES, "grpo")}
+            finished = start(folder, output, runs, config, num_processes)
+            assert finished.returncode == 0, finished.stdout[-3000:]
+            outputs[config, num_processes] = output
+        return outputs[config, num_processes]
+
+    return run
+
+
+def rest(output: Path, name: str, step: int) -> dict:
+    """What a run recorded from a step on: a rollout every other step."""
+    record, _ = results(output, name)
+    return {key: record[key][(step + 1) // 2 :] for key in ("advantages", "gains", "penalties")}
 
 
 @pytest.mark.parametrize(
-    ("config", "num_processes"), [(None, 1), ("cpu_zero2", 2), ("cpu_zero3", 2)], ids=["alone", "zero2", "zero3"]
+    ("config", "num_processes"),
+    [(None, 1), ("cpu", 2), ("cpu_zero2", 2), ("cpu_zero3", 2)],
+    ids=["alone", "ddp", "zero2", "zero3"],
 )
-def test_a_resumed_run_equals_an_unbroken_one_bitwise(tmp_path, folder, config, num_processes):
-    runs = {name: SAVING | {"parameter_update": name} for name in UPDATES}
-    finished = start(folder, tmp_path / "unbroken", runs, config, num_processes)
+def test_a_resumed_run_equals_an_unbroken_one_bitwise(tmp_path, folder, unbroken, config, num_processes):
+    before = unbroken(config, num_processes)
+    again, steps = {}, dict(zip(UPDATES, (1, 3, 1), strict=True))
+    for name, step in steps.items():
+        again |= resumed(before, name, step)
+    finished = start(folder, tmp_path, again, config, num_processes)
     assert finished.returncode == 0, finished.stdout[-3000:]
+    for name, step in steps.items():
+        assert rest(before, name, step) == rest(tmp_path, name, 0), name
+        assert weight_difference(results(before, name)[1], results(tmp_path, name)[1]) == 0.0, name
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "settings"),
+    [
+        ((None, 1), ("cpu", 2), {}),
+        # As many completions per process as before, so that one step is made of two backward passes instead of one.
+        (("cpu", 2), (None, 1), {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ],
+    ids=["one to two", "two to one"],
+)
+def test_another_number_of_processes_goes_on_alike_between_rollouts(
+    tmp_path, folder, unbroken, before, after, settings
+):
+    saved, names = unbroken(*before), (*UPDATES, "grpo")
     again = {}
-    for step, name in zip((1, 3, 1), UPDATES, strict=True):
-        again |= resumed(tmp_path / "unbroken", name, step)
-    finished = start(folder, tmp_path / "resumed", again, config, num_processes)
+    for name in names:
+        again |= resumed(saved, name, 2, **settings)
+    finished = start(folder, tmp_path, again, *after)
     assert finished.returncode == 0, finished.stdout[-3000:]
+    grpo = weight_difference(results(saved, "grpo")[1], results(tmp_path, "grpo")[1])
     for name in UPDATES:
-        expected, weights = results(tmp_path / "unbroken", name)[1], results(tmp_path / "resumed", name)[1]
-        assert weight_difference(expected, weights) == 0.0, name
+        expected, record = rest(saved, name, 2), rest(tmp_path, name, 0)
+        assert any(any(row) for row in expected["penalties"][0]), name
+        for key in expected:
+            assert difference(expected[key], record[key]) < TOLERANCE, (name, key)
+        weights = weight_difference(results(saved, name)[1], results(tmp_path, name)[1])
+        assert weights < 3 * max(grpo, 1e-5), name
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, folder):
-    runs = {"drift": SAVING | {"parameter_update": "drift"}}
+    runs = {"drift": saving("drift")}
     assert start(folder, tmp_path / "unbroken", runs).returncode == 0
     killed = {"drift": runs["drift"] | {"killed_in_save": 3}}
     assert start(folder, tmp_path / "killed", killed).returncode == -9
@@ -183,9 +238,8 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
 
 
 def test_another_number_of_shards_is_refused(tmp_path, folder):
-    """By DeepSpeed, whose message says both numbers."""
-    runs = {"drift": SAVING | {"parameter_update": "drift", "max_steps": 1}}
+    runs = {"drift": saving("drift") | {"max_steps": 1}}
     assert start(folder, tmp_path / "two", runs, "cpu_zero3", 2).returncode == 0
     finished = start(folder, tmp_path / "one", resumed(tmp_path / "two", "drift", 1), "cpu_zero3", 1)
     assert finished.returncode != 0
-    assert "DP world size of 2 but the current world size is 1" in finished.stdout
+    assert "holds DeepSpeed's shards for num_processes 2, got 1. Set num_processes to 2" in finished.stdout

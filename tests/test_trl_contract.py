@@ -25,6 +25,7 @@ from trainers import make_trainer
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("log", ["self", "logs", "start_time"]),
+        ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
         (
             "_generate_single_turn",
@@ -46,6 +47,7 @@ def test_only_known_hooks_are_overridden():
         "_save_checkpoint",
         "evaluate",
         "log",
+        "train",
         "training_step",
     }
 

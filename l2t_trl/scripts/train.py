@@ -247,10 +247,12 @@ def main(script_args, training_args, model_args):
         UserError: before anything long starts, if model, data, rewards or output folder cannot be used.
     """
     import os
+    from pathlib import Path
 
     from transformers import set_seed
     from trl.import_utils import is_vllm_available
 
+    from l2t_trl.checkpoints import check_resumable
     from l2t_trl.data.loading import load_rows
     from l2t_trl.model_card import write_model_card
     from l2t_trl.models import load_tokenizer, resolve_model
@@ -265,6 +267,11 @@ def main(script_args, training_args, model_args):
         )
     check_output_dir(training_args.output_dir)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir, say)
+    if checkpoint is not None:
+        try:
+            check_resumable(Path(checkpoint), training_args)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     reward_funcs = get_reward_funcs(script_args.reward_funcs)
     model_path = resolve_model(model_args.model_name_or_path, say=say)
     tokenizer = load_tokenizer(model_path, revision=model_args.model_revision)
@@ -421,14 +428,18 @@ if __name__ == "__main__":
     # Started by accelerate's launcher in each process: here accelerate_config has been followed already.
     quieten_vllm()
     from l2t_trl.cli import report_errors
+    from l2t_trl.launch import end_process, hand_to_launcher
     from l2t_trl.parsing import parse as parse_in_process
 
     def _main() -> int:
-        configuration = parse_in_process(sys.argv[1:])
-        main(configuration.script, configuration.training, configuration.model)
+        try:
+            configuration = parse_in_process(sys.argv[1:])
+            main(configuration.script, configuration.training, configuration.model)
+        except UserError as error:
+            if hand_to_launcher(error):
+                return 2
+            raise
         return 0
-
-    from l2t_trl.launch import end_process
 
     exit_code = report_errors("train", _main)
     if exit_code == 0:
