@@ -296,11 +296,11 @@ class L2TTrainer(GRPOTrainer):
     def _continue(self, prompts: list[list[int]]) -> list[list[int]]:
         """Short continuations of token ids, by whatever makes the rollouts."""
         args = self.args
-        engine, name = self.generation_config, "max_new_tokens"
-        size = args.per_device_train_batch_size * args.steps_per_generation
-        if self.use_vllm:
-            # It forms its batches itself.
+        if self.use_vllm:  # forms its batches itself
             engine, name, size = self.vllm_generation, "max_completion_length", len(prompts)
+        else:
+            engine, name = self.generation_config, "max_new_tokens"
+            size = args.per_device_train_batch_size * args.steps_per_generation
         length, continuations = getattr(engine, name), []
         setattr(engine, name, args.max_continuation_length)
         try:
