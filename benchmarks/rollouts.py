@@ -4,6 +4,7 @@ Rollouts from transformers and from vLLM in the trainer's process: tokens per se
     python benchmarks/rollouts.py --model tiny
     python benchmarks/rollouts.py --model smollm2 --tokens 64 --repeats 2
     python benchmarks/rollouts.py --model tiny --continuations 4
+    python benchmarks/rollouts.py --model tiny --starts
 
 Every contestant runs in a process of its own, in turns, builds a trainer and asks it for completions as a training
 step does, the first time unmeasured. Tokens are those up to the end of each completion. Start is the time from the
@@ -12,6 +13,11 @@ included.
 
 With `--continuations M`, what is asked for are M short continuations of every cut of completions of about the given
 length (the estimator `rollout`), with vLLM's prefix caching and without.
+
+With `--starts`, only the start is measured: with rollouts from transformers, from vLLM as it is started here, and from
+vLLM as TRL alone would start it.
+
+Every process has caches of its own, which are empty.
 """
 
 import argparse
@@ -27,6 +33,8 @@ import time
 START = time.perf_counter()
 ENGINES = ("transformers", "vllm")
 WITHOUT_PREFIX_CACHE = "vllm-no-prefix-cache"
+AS_TRL_STARTS_IT = "vllm-as-trl-starts-it"
+CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CONFIG_ROOT")
 CONTINUATION_TOKENS, CUTS, PROMPTS = 8, 8, 16
 
 
@@ -46,6 +54,12 @@ def build(args):
         from trl.generation import vllm_generation
 
         vllm_generation.LLM = partial(vllm_generation.LLM, enable_prefix_caching=False)
+    if args.engine == AS_TRL_STARTS_IT:
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        from l2t_trl.generation.engine import RolloutEngine
+
+        RolloutEngine._init_vllm = VLLMGeneration._init_vllm
     folder = resolve_model(args.model)
     size = args.batch if args.continuations is None else PROMPTS * CUTS * args.continuations
     return L2TTrainer(
@@ -87,6 +101,8 @@ def measure(args) -> dict[str, float]:
     """Run one contestant."""
     trainer = build(args)
     start = time.perf_counter() - START
+    if args.starts:
+        return {"start": start}
     prompts, seconds, tokens = prompts_of(trainer, args), [], []
     for _ in range(args.repeats + 1):
         before = time.perf_counter()
@@ -109,35 +125,51 @@ def main():
     parser.add_argument("--tokens", type=int, default=200, help="longest completion")
     parser.add_argument("--repeats", type=int, default=4, help="measured rollouts of a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes per contestant, in turns")
+    parser.add_argument("--starts", action="store_true", help="measure how long the engines take to start instead")
     parser.add_argument("--continuations", type=int, help="measure continuations of cuts instead, so many of each")
-    parser.add_argument("--engine", choices=[*ENGINES, WITHOUT_PREFIX_CACHE], help=argparse.SUPPRESS)
+    parser.add_argument("--engine", choices=[*ENGINES, WITHOUT_PREFIX_CACHE, AS_TRL_STARTS_IT], help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=8, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:
         sys.stdout.write(json.dumps(measure(args)) + "\n")
         return
-    engines = ENGINES if args.continuations is None else (*ENGINES, WITHOUT_PREFIX_CACHE)
-    for batch in args.batches if args.continuations is None else [PROMPTS]:
-        runs = {engine: [] for engine in engines}
-        for _ in range(args.rounds):
-            for engine, results in runs.items():
-                command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--batch", str(batch)]
-                output = subprocess.run(
-                    command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-                )
-                results.append(json.loads(output.stdout.splitlines()[-1]))
+    if args.starts:
+        starts = run_in_turns((*ENGINES, AS_TRL_STARTS_IT), args.rounds, args.batches[-1])
+        for engine, results in starts.items():
+            seconds = [result["start"] for result in results]
+            sys.stdout.write(f"{args.model}, {engine:22} {statistics.median(seconds):6.1f} s to the built trainer ")
+            sys.stdout.write(f"({min(seconds):.1f} to {max(seconds):.1f})\n")
+        return
+    is_rollout = args.continuations is None
+    engines = ENGINES if is_rollout else (*ENGINES, WITHOUT_PREFIX_CACHE)
+    for batch in args.batches if is_rollout else [PROMPTS]:
+        runs = run_in_turns(engines, args.rounds, batch)
         for engine, results in runs.items():
             median = {key: statistics.median(result[key] for result in results) for key in results[0]}
-            ratios = [
-                result["speed"] / base["speed"] for result, base in zip(results, runs["transformers"], strict=True)
-            ]
+            pairs = zip(results, runs["transformers"], strict=True)
+            ratios = [result["speed"] / base["speed"] for result, base in pairs]
             sys.stdout.write(
-                f"{args.model}, {batch} {'completions' if args.continuations is None else 'prompts'}, {engine:20} "
-                f"{median['speed']:8.0f} tokens/s ({statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}), "
+                f"{args.model}, {batch} {'completions' if is_rollout else 'prompts'}, {engine:20} "
+                f"{median['speed']:6.0f} tokens/s ({statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f}), "
                 f"{median['seconds']:.2f} s per rollout of {median['length']:.0f} tokens on average, "
                 f"start {median['start']:.1f} s, first {median['first']:.1f} s\n"
             )
             sys.stdout.flush()
+
+
+def run_in_turns(engines, rounds: int, batch: int) -> dict[str, list[dict]]:
+    """Run every contestant in a process of its own, in turns, and return what they report."""
+    runs = {engine: [] for engine in engines}
+    for _ in range(rounds):
+        for engine, results in runs.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--batch", str(batch)]
+            with tempfile.TemporaryDirectory() as caches:
+                environment = os.environ | dict.fromkeys(CACHES, caches)
+                output = subprocess.run(
+                    command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+                )
+            results.append(json.loads(output.stdout.splitlines()[-1]))
+    return runs
 
 
 if __name__ == "__main__":
