@@ -5,6 +5,7 @@ On an accelerator with vLLM in the trainer's process, or with a server that take
 but the checks of the server.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,9 @@ from l2t_trl.errors import RolloutError
 from l2t_trl.generation.cpu import UNBOUND_THREADS, cache_bytes, physical_memory
 from l2t_trl.generation.weight_folder import WeightFolder
 from l2t_trl.generation.worker import load_weights
+
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -71,7 +75,14 @@ class RolloutEngine(VLLMGeneration):
                 "vllm_mode='server' sends weights by NCCL, which needs a GPU, and this trainer runs on the CPU. Set "
                 "weight_sync_dir to a folder that the server sees under the same path."
             )
+        plugin = self.accelerator.state.deepspeed_plugin
+        is_sharded = plugin is not None and plugin.zero_stage == 3 and self.accelerator.num_processes > 1
         if self.accelerator.is_main_process:
+            if is_sharded and self.weight_sync_dir is None:
+                logger.warning(
+                    "TRL 1.16 may hang where several processes send ZeRO-3 shards to a server by NCCL (huggingface/trl"
+                    "#6797). If it does, set weight_sync_dir, or vllm_mode='colocate'."
+                )
             self.vllm_client = RolloutClient(
                 base_url=self.server_base_url or f"http://{self.server_host}:{self.server_port}",
                 group_port=self.group_port,
