@@ -187,13 +187,11 @@ def quieten_vllm():
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def help_text() -> str:
-    """Return the text of `l2t train --help`: every setting, from the sources."""
-    import textwrap
-
+def setting_sections() -> tuple:
+    """Return title and fields of each class of settings, from the sources; a field's first declaration holds."""
     from l2t_trl.fields import module_path, read_fields
 
-    sections = (
+    return (
         ("L2T", read_fields(module_path("l2t_trl", "l2t_config.py"), "L2TConfig")),
         ("Script", read_fields(__file__, "L2TScriptArguments")),
         ("Launch", read_fields(__file__, "LaunchArguments")),
@@ -205,6 +203,12 @@ def help_text() -> str:
             read_fields(module_path("transformers", "training_args.py"), "TrainingArguments"),
         ),
     )
+
+
+def help_text() -> str:
+    """Return the text of `l2t train --help`: every setting, from the sources."""
+    import textwrap
+
     lines = [
         "usage: l2t train [--config FILE] [--any-field VALUE ...] [--accelerate_config NAME|FILE] [--dry-run]",
         "",
@@ -219,7 +223,7 @@ def help_text() -> str:
         100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False, break_long_words=False
     )
     seen = set()
-    for title, fields in sections:
+    for title, fields in setting_sections():
         lines += ["", f"{title}:"]
         for item in fields:
             # A class further up declares the field anew, with the default that holds.
