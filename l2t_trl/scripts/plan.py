@@ -19,13 +19,15 @@ FILLED = 0.9
 LORA_MODULES = ["q_proj", "v_proj"]
 # A probe's text takes a token per so many characters, and its answer so many tokens.
 CHARACTERS_PER_TOKEN, ANSWER_TOKENS = 4, 8
+CPU = "cpu"
+SMALL_SHARE = 0.2  # of a GPU, for a vLLM that has to do with little
 SHOWN = GIB // 20  # smaller parts are counted, but not listed
 # Updates below half a bf16 step of a usual weight (0.02) are lost without fp32 weights.
 LOST_UPDATE = 5e-5
 
 
 class Gpus(NamedTuple):
-    """GPUs of a kind: how many, what they are called, and the memory of each in GiB."""
+    """GPUs of a kind: how many, what they are called ("cpu": none, but processes), and the memory of each in GiB."""
 
     count: int
     name: str
@@ -54,12 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser):
     """Add the arguments of `l2t plan` to `parser`."""
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, as for l2t train")
     parser.add_argument(
-        "--gpus", required=True, metavar="NxNAME-GB", help="e.g. 8xA100-80: number, name and memory of each in GB"
+        "--gpus",
+        required=True,
+        metavar="NxNAME-GB",
+        help="e.g. 8xA100-80: number, name and memory of each in GB; 1xcpu-8 without a GPU",
     )
     parser.add_argument(
         "--accelerate_config",
         metavar="NAME",
         help="file or name of an accelerate configuration, as for l2t train; as many processes as GPUs are counted",
+    )
+    parser.add_argument(
+        "--prompt_length",
+        type=int,
+        metavar="N",
+        help="tokens of the longest prompt, where that is known to be shorter than max_prompt_length",
     )
     parser.add_argument(
         "--set",
@@ -72,12 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def main(args: argparse.Namespace) -> int:
     """Print the plan; the exit code is 1 if it does not fit."""
-    request = Request(
-        read_settings(args.config, args.set), read_accelerate(args.accelerate_config), parse_gpus(args.gpus)
-    )
+    request = request_of(args)
     verdict = judge(request)
     print(report(request, verdict))
     return 0 if verdict.fits else 1
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Return what the command line asks for."""
+    settings = read_settings(args.config, args.set)
+    if args.prompt_length is not None:
+        settings["max_prompt_length"] = args.prompt_length
+    return Request(settings, read_accelerate(args.accelerate_config), parse_gpus(args.gpus))
 
 
 def parse_gpus(text: str) -> Gpus:
@@ -173,6 +190,7 @@ def judge(request: Request) -> Verdict:
 def make_setup(request: Request, shape: Shape) -> Setup:
     """Return the sizes that a request's memory depends on."""
     settings, accelerate, gpus = request
+    is_gpu = gpus.name != CPU
     deepspeed = (accelerate or {}).get("deepspeed_config") or {}
     stage = int(deepspeed.get("zero_stage", 0)) if deepspeed else None
     batch, accumulation = (
@@ -205,9 +223,11 @@ def make_setup(request: Request, shape: Shape) -> Setup:
     is_colocated = settings["use_vllm"] and settings["vllm_mode"] == "colocate"
     return Setup(
         num_processes=gpus.count,
+        is_gpu=is_gpu,
         device_bytes=int(gpus.gib * GIB),
         dtype=settings["dtype"] or "float32",
-        is_mixed=settings["bf16"] is not False or bool(settings["fp16"]),
+        # Where bf16 is not set, it follows the machine.
+        is_mixed=is_gpu if settings["bf16"] is None else settings["bf16"],
         zero_stage=stage,
         offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
         offloads_parameters=deepspeed.get("offload_param_device", "none") != "none",
@@ -323,6 +343,18 @@ def _sleep(request: Request) -> Request | None:
     return _with(request, vllm_enable_sleep_mode=True)
 
 
+def _smaller_engine(request: Request) -> Request | None:
+    settings = request.settings
+    if not settings["use_vllm"] or settings["vllm_mode"] != "colocate":
+        return None
+    if settings["vllm_gpu_memory_utilization"] <= SMALL_SHARE:
+        return None
+    smaller = _with(request, vllm_gpu_memory_utilization=SMALL_SHARE)
+    setup = make_setup(smaller, shape := find_shape(settings["model_name_or_path"]))
+    has_room = make_plan(shape, setup).engine_tokens >= (setup.vllm_length or setup.length)
+    return smaller if has_room else None
+
+
 def _flash(request: Request) -> Request | None:
     has_flash = "flash" in (request.settings["attn_implementation"] or "")
     return None if has_flash else _with(request, attn_implementation="flash_attention_2")
@@ -353,6 +385,7 @@ CHANGES = (
     ("--accelerate_config zero2", _zero("zero2")),
     ("--accelerate_config zero3", _zero("zero3")),
     ("vllm_enable_sleep_mode: true", _sleep),
+    (f"vllm_gpu_memory_utilization: {SMALL_SHARE}", _smaller_engine),
     ("--accelerate_config zero3_offload", _zero("zero3_offload")),
     ("use_peft: true (LoRA)", _adapters),
 )
