@@ -27,6 +27,12 @@ BUCKET, LIVE_PARAMETERS, SUB_GROUP = 5 * 10**8, 10**9, 10**9
 SCORING_CHUNK, SCORING_CPU_CHUNK, SCORING_COPIES = 2**25, 2**21, 3
 # vLLM keeps so much of its share for its own activations (4,096 tokens at a time) and graphs.
 VLLM_WORK_BYTES = 2 * GIB
+# Half a bf16 step of a usual weight (0.02): smaller updates leave it as it was.
+LOST_UPDATE = 6e-5
+LOST_UPDATES = (
+    "dtype bfloat16 without DeepSpeed keeps no weights in fp32, and updates as small as learning_rate are rounded away: "
+    "choose an accelerate_config with DeepSpeed (zero2, zero3), or set dtype to float32."
+)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -153,6 +159,11 @@ def make_plan(shape: Shape, setup: Setup) -> Plan:
     phases |= _backward(shape, setup, gradients)
     phases["optimiser step"] = {"gradients": gradients} | step
     return Plan(resident, phases, host, engine_tokens)
+
+
+def loses_updates(dtype: str | None, learning_rate: float) -> bool:
+    """Whether steps of a learning rate are rounded away in weights of a data type that none in fp32 stand beside."""
+    return dtype == "bfloat16" and learning_rate < LOST_UPDATE
 
 
 def trainable_parameters(shape: Shape, setup: Setup) -> int:

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from l2t_trl.errors import UserError
-from l2t_trl.memory import GIB, Plan, Setup, adapter_parameters, make_plan, trainable_parameters
+from l2t_trl.memory import (
+    GIB,
+    LOST_UPDATES,
+    Plan,
+    Setup,
+    adapter_parameters,
+    loses_updates,
+    make_plan,
+    trainable_parameters,
+)
 from l2t_trl.model_shapes import Shape, find_shape
 
 
@@ -22,8 +31,6 @@ CHARACTERS_PER_TOKEN, ANSWER_TOKENS = 4, 8
 CPU = "cpu"
 SMALL_SHARE = 0.2  # of a GPU, for a vLLM that has to do with little
 SHOWN = GIB // 20  # smaller parts are counted, but not listed
-# Updates below half a bf16 step of a usual weight (0.02) are lost without fp32 weights.
-LOST_UPDATE = 5e-5
 
 
 class Gpus(NamedTuple):
@@ -174,14 +181,9 @@ def judge(request: Request) -> Verdict:
                 f"vLLM's key-value cache holds {plan.engine_tokens:,} tokens, {plan.engine_tokens // needed} sequences of "
                 f"{needed:,}."
             )
-    is_full = setup.adapter_parameters is None
-    if setup.zero_stage is None and settings["dtype"] == "bfloat16" and is_full:
-        rate = float(settings["learning_rate"])
-        if rate < LOST_UPDATE:
-            remarks.append(
-                f"dtype bfloat16 without DeepSpeed keeps no weights in fp32, and updates of learning_rate {rate:g} are "
-                "rounded away: choose an accelerate configuration with DeepSpeed, or dtype float32."
-            )
+    is_full = setup.zero_stage is None and setup.adapter_parameters is None
+    if is_full and loses_updates(settings["dtype"], float(settings["learning_rate"])):
+        remarks.append(LOST_UPDATES)
     if gpus.count > 1 and request.accelerate is None:
         remarks.append("Without --accelerate_config l2t train starts one process; counted as multi_gpu here.")
     return Verdict(shape, setup, plan, fits, remarks)

@@ -258,6 +258,7 @@ def main(script_args, training_args, model_args):
 
     from l2t_trl.checkpoints import check_resumable
     from l2t_trl.data.loading import load_rows
+    from l2t_trl.memory import LOST_UPDATES, loses_updates
     from l2t_trl.model_card import write_model_card
     from l2t_trl.models import load_tokenizer, resolve_model
     from l2t_trl.rewards import get_reward_funcs
@@ -287,6 +288,10 @@ def main(script_args, training_args, model_args):
     trainer = build_trainer(
         script_args, training_args, model_args, model_path, tokenizer, reward_funcs, train_rows, test_rows
     )
+
+    has_fp32_weights = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or model_args.use_peft
+    if not has_fp32_weights and loses_updates(model_args.dtype, training_args.learning_rate):
+        say(f"Warning: {LOST_UPDATES}")
 
     is_evaluated = script_args.eval_before_after and test_rows is not None
     if is_evaluated and trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
