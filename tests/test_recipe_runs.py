@@ -101,7 +101,7 @@ def parity(completions, **kwargs) -> list[float]:
 def run_recipe(family_folder, data_root, tmp_path, monkeypatch):
     """Train as a recipe says, but small, and return the trainer."""
     monkeypatch.setenv("L2T_DATA_ROOT", str(data_root))
-    # A name that training finds while the rewards that need no answer are looked up by name.
+    # Every reward that a recipe names: random completions earn none of the real ones.
     monkeypatch.setattr("l2t_trl.rewards.REWARDS", {"accuracy": parity, "code": parity, "format": parity})
     trainers, build = [], train.build_trainer
     monkeypatch.setattr(train, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[-1])
@@ -143,6 +143,14 @@ def test_recipe_trains_two_steps(run_recipe, path):
         if is_l2t:
             assert math.isfinite(entry["l2t/episode_reward/mean"]) and entry["l2t/episodes/mean"] >= 0
     assert ("kl" in logs[0]) == (trainer.beta > 0)
+
+
+def test_weights_in_bf16_that_stand_alone_are_warned_of(run_recipe, capsys):
+    path = ROOT / "recipes/Qwen2.5-3B-Instruct/grpo/gsm8k.yaml"
+    run_recipe(path, dtype="bfloat16", max_steps=1)
+    assert "Warning: dtype bfloat16 without DeepSpeed keeps no weights in fp32" in capsys.readouterr().out
+    run_recipe(path, max_steps=1)
+    assert "Warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", R1_RECIPES, ids=name_of)

@@ -176,6 +176,14 @@ def test_recipes_of_the_papers_models_have_its_values(model, data):
     assert training.temperature == (0.6 if is_r1 else 1.0)
 
 
+def test_readme_lists_every_recipe_with_its_status():
+    text = (ROOT / "README.md").read_text().split("## Recipes")[1].split("\n## ")[0]
+    for path in RECIPES:
+        (line,) = [line for line in text.splitlines() if f"(recipes/{name_of(path)})" in line]
+        was_run = header_of(path)["Measured"] != "not run yet."
+        assert ("| run" in line) == was_run or "control not run yet" in line, name_of(path)
+
+
 def test_all_models_but_tiny_have_gsm8k():
     models = {path.relative_to(ROOT / "recipes").parts[0] for path in RECIPES}
     assert models == {*PAPER, "Qwen2.5-3B-Instruct", "SmolLM2-135M-Instruct", "tiny"}
