@@ -63,7 +63,7 @@ def family_folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    """Made-up rows with the columns of the real data sets: as Hub ids where these are known, else as files."""
+    """Made-up rows with the columns of the real data sets: GSM8K under its Hub id, the others as files."""
     root = tmp_path_factory.mktemp("data")
 
     def write(path: str, rows: list[dict]):
@@ -75,7 +75,7 @@ def data_root(tmp_path_factory):
     for split in ("train", "test"):
         write(f"openai/gsm8k/main/{split}.jsonl", [{"question": q, "answer": f"Add.\n#### {a}"} for q, a in sums])
     write(
-        "di-zhang-fdu/AIME_1983_2024/train.jsonl",
+        "aime.jsonl",
         [
             {"ID": f"1983-{k}", "Year": 1983, "Problem Number": k, "Question": q, "Answer": a, "Part": ""}
             for k, (q, a) in enumerate(sums)
@@ -106,9 +106,9 @@ def run_recipe(family_folder, data_root, tmp_path, monkeypatch):
     trainers, build = [], train.build_trainer
     monkeypatch.setattr(train, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[-1])
     data = {
-        "aime-919": "di-zhang-fdu/AIME_1983_2024",
-        "numinamath-4k": str(data_root / "numinamath.jsonl"),
-        "python-functions": str(data_root / "functions.jsonl"),
+        "aime-919": {"dataset_name": str(data_root / "aime.jsonl"), "answer_column": "Answer"},
+        "numinamath-4k": {"dataset_name": str(data_root / "numinamath.jsonl")},
+        "python-functions": {"dataset_name": str(data_root / "functions.jsonl")},
     }
 
     def run(path: Path, **settings):
@@ -117,9 +117,9 @@ def run_recipe(family_folder, data_root, tmp_path, monkeypatch):
         model = path.relative_to(ROOT / "recipes").parts[0]
         recipe |= SMALL | {
             "model_name_or_path": str(TINY_FOLDER if model == "tiny" else family_folder(FAMILIES[model])),
-            "dataset_name": data.get(recipe["dataset_name"], recipe["dataset_name"]),
             "output_dir": str(tmp_path / "out"),
         }
+        recipe |= data.get(recipe["dataset_name"], {})
         if "max_continuation_length" in recipe:
             recipe["max_continuation_length"] = 4
         file = tmp_path / "recipe.yaml"
