@@ -163,6 +163,13 @@ def test_lm_head_holds_no_logits_of_all_tokens():
     assert sizes[0]["lm_head: hidden states"] == 2 * 8192 * 2048 * 8
 
 
+def test_lm_head_without_triton_projects_prompts_too_and_keeps_temporaries():
+    held = make_plan(TOY, CPU).phases["backward, lm_head"]
+    # 3 rows of 12 tokens: states and gradients in fp32; a tile of 10 columns and its temporaries.
+    assert held["lm_head: hidden states"] == 36 * 4 * 8
+    assert held["lm_head: tile"] == 4 * 36 * 10 * (1 + memory.HEAD_TEMPORARIES)
+
+
 def test_rollouts_of_transformers_hold_a_cache():
     held = make_plan(TOY, change(CPU, rollout_batch_size=6)).phases["rollouts"]
     # 2 layers x keys and values of 2, in fp32, of 6 x 12 tokens; one layer twice.

@@ -357,6 +357,12 @@ def _smaller_engine(request: Request) -> Request | None:
     return smaller if has_room else None
 
 
+def _other_gpus(request: Request) -> Request | None:
+    settings = request.settings
+    is_colocated = settings["use_vllm"] and settings["vllm_mode"] == "colocate"
+    return _with(request, vllm_mode="server") if is_colocated else None
+
+
 def _flash(request: Request) -> Request | None:
     has_flash = "flash" in (request.settings["attn_implementation"] or "")
     return None if has_flash else _with(request, attn_implementation="flash_attention_2")
@@ -388,6 +394,7 @@ CHANGES = (
     ("--accelerate_config zero3", _zero("zero3")),
     ("vllm_enable_sleep_mode: true", _sleep),
     (f"vllm_gpu_memory_utilization: {SMALL_SHARE}", _smaller_engine),
+    ("vllm_mode: server, with l2t serve on other GPUs", _other_gpus),
     ("--accelerate_config zero3_offload", _zero("zero3_offload")),
     ("use_peft: true (LoRA)", _adapters),
 )
