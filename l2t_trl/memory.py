@@ -57,6 +57,7 @@ class Setup:
         is_flash (`bool`): whether attention takes padding without a mask (flash_attention_2).
         has_reference (`bool`): whether there is a reference model (`beta` above 0, without adapters).
         adapter_parameters (`int`, *optional*): parameters of the LoRA adapters; `None` trains all.
+        uses_vllm (`bool`): whether rollouts come from vLLM, here or elsewhere.
         vllm_share (`float`, *optional*): share of the device that a colocated vLLM takes; `None` without.
         vllm_sleeps (`bool`): whether it gives that share back while the model trains.
         vllm_tensor_parallel (`int`): GPUs that share one engine.
@@ -82,6 +83,7 @@ class Setup:
     is_flash: bool = False
     has_reference: bool = False
     adapter_parameters: int | None = None
+    uses_vllm: bool = False
     vllm_share: float | None = None
     vllm_sleeps: bool = False
     vllm_tensor_parallel: int = 1
@@ -279,7 +281,7 @@ def _head(shape: Shape, setup: Setup) -> dict[str, int]:
 def _rollouts(shape: Shape, setup: Setup) -> dict[str, int]:
     """Generation by transformers; with vLLM, the pass that reads the old log-probabilities."""
     passing = _passing_bytes(shape, setup)
-    if setup.vllm_share is not None:
+    if setup.uses_vllm:
         return {"old log-probabilities": setup.batch_size * setup.length * (passing + 4 * shape.hidden_size)}
     sequences = setup.rollout_batch_size
     cache = setup.compute_bytes * shape.cache_elements(sequences * setup.length)

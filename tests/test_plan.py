@@ -180,7 +180,7 @@ def test_rollouts_of_transformers_hold_a_cache():
 
 def test_vllm_takes_its_share_and_keeps_a_cache_in_it():
     shape = KNOWN_SHAPES["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"]
-    setup = Setup(vllm_share=0.5)
+    setup = Setup(uses_vllm=True, vllm_share=0.5)
     made = make_plan(shape, setup)
     assert made.resident["vLLM's share"] == 40 * GIB
     # 28 layers x 2 x 2 heads x 128 in bf16 = 28,672 bytes per token.
@@ -188,6 +188,10 @@ def test_vllm_takes_its_share_and_keeps_a_cache_in_it():
     assert made.engine_tokens == free // 28672
     asleep = make_plan(shape, change(setup, vllm_sleeps=True))
     assert "vLLM's share" not in asleep.resident and asleep.phases["rollouts"]["vLLM's share"] == 40 * GIB
+    # A server elsewhere takes nothing here, nor do rollouts but for the old log-probabilities.
+    elsewhere = make_plan(shape, change(setup, vllm_share=None))
+    assert elsewhere.engine_tokens is None and "vLLM's share" not in elsewhere.resident
+    assert set(elsewhere.phases["rollouts"]) == {"old log-probabilities"}
     assert make_plan(shape, change(setup, vllm_tensor_parallel=2)).engine_tokens > 2 * made.engine_tokens
 
 
@@ -270,8 +274,14 @@ def test_suggested_changes_suffice_and_none_is_idle(gpus, name):
         assert not plan.judge(before).fits
 
 
+def test_a_server_is_suggested_where_a_gpu_holds_no_engine(capsys):
+    command = ["plan", "--config", R1_7B, "--gpus", "8xA100-40", "--accelerate_config", "zero3"]
+    assert main(command) == 1
+    assert "vllm_mode: server" in capsys.readouterr().out.split("What would make it fit:")[1]
+
+
 def test_hopeless_plans_are_called_so(capsys):
-    assert main(["plan", "--config", R1_7B, "--gpus", "1xT4-16"]) == 1
+    assert main(["plan", "--config", R1_7B, "--gpus", "1xGPU-8"]) == 1
     assert "No usual change makes it fit" in capsys.readouterr().out
 
 

@@ -242,6 +242,7 @@ def make_setup(request: Request, shape: Shape) -> Setup:
         is_flash="flash" in (settings["attn_implementation"] or ""),
         has_reference=float(settings["beta"]) > 0 and adapters is None,
         adapter_parameters=adapters,
+        uses_vllm=bool(settings["use_vllm"]),
         vllm_share=float(settings["vllm_gpu_memory_utilization"]) if is_colocated else None,
         vllm_sleeps=bool(settings["vllm_enable_sleep_mode"]),
         vllm_tensor_parallel=_whole(settings, "vllm_tensor_parallel_size"),
