@@ -143,7 +143,7 @@ def measure(args) -> dict[str, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES)[1:], choices=SIZES)
+    parser.add_argument("--sizes", nargs="+", default=["9 M", "42 M"], choices=SIZES)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)

@@ -19,8 +19,9 @@ GIB = 2**30
 CUDA_BYTES = int(1.5 * GIB)
 # TRL's fused lm_head projects tiles of so many tokens and so many columns.
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
-# Without Triton a tile's gradient takes so many fp32 temporaries of its size.
-HEAD_TEMPORARIES = 6
+# Without Triton a tile's gradient takes so many fp32 temporaries of its size: a little over 7 by TRL's code, 8 by the
+# peaks in docs/memory.md, which hold what the allocator keeps back, too.
+HEAD_TEMPORARIES = 8
 # Elements of DeepSpeed's buckets, of gathered weights, and of what its optimiser steps at once under ZeRO-3.
 BUCKET, LIVE_PARAMETERS, SUB_GROUP = 5 * 10**8, 10**9, 10**9
 # Elements of the scoring pass's chunk of logits on a GPU and on a CPU (see l2t_trl/scoring.py), and its copies.
