@@ -19,26 +19,61 @@ VLLM_VERSION := 0.31.0
 MODEL ?= tiny
 METHOD ?= l2t
 MODEL_PATH ?=
-VLLM ?= 0
 ARGS ?=
 
-RECIPE_tiny := tiny/$(METHOD)/arithmetic
-RECIPE_smollm2 := SmolLM2-135M-Instruct/$(METHOD)/gsm8k
-RECIPE_qwen := Qwen2.5-3B-Instruct/$(METHOD)/gsm8k
+# Of each model: the folder of its recipes, the data sets that they have (the first is the default), and what starts
+# its processes (without DeepSpeed models in bf16 would have no weights in fp32, and learn nothing at 1e-6).
+METHODS := l2t grpo
+MODELS := tiny smollm2 qwen qwen2-7b r1-1.5b r1-7b deepscaler
+FOLDER_tiny := tiny
+FOLDER_smollm2 := SmolLM2-135M-Instruct
+FOLDER_qwen := Qwen2.5-3B-Instruct
+FOLDER_qwen2-7b := Qwen2-7B-Instruct
+FOLDER_r1-1.5b := DeepSeek-R1-Distill-Qwen-1.5B
+FOLDER_r1-7b := DeepSeek-R1-Distill-Qwen-7B
+FOLDER_deepscaler := DeepScaleR-1.5B-Preview
+DATA_tiny := arithmetic
+DATA_smollm2 := gsm8k
+DATA_qwen := gsm8k
+DATA_qwen2-7b := python-functions gsm8k
+DATA_r1-1.5b := numinamath-4k gsm8k
+DATA_r1-7b := numinamath-4k gsm8k
+DATA_deepscaler := aime-919 gsm8k
+ACCELERATE_qwen := zero2 --num_processes 4
+ACCELERATE_qwen2-7b := zero3
+ACCELERATE_r1-1.5b := zero2
+ACCELERATE_r1-7b := zero3
+ACCELERATE_deepscaler := zero2
+
+DATA ?= $(firstword $(DATA_$(MODEL)))
+ACCELERATE ?= $(ACCELERATE_$(MODEL))
+VLLM ?= $(if $(filter tiny smollm2,$(MODEL)),0,1)
 WITH_VLLM := $(filter 1,$(VLLM))
-RECIPE = recipes/$(or $(RECIPE_$(MODEL)),$(error MODEL=$(MODEL) is none of: tiny smollm2 qwen)).yaml
+# one-of: NAME, list of what there is
+one-of = $(if $(filter $($1),$2),,$(error $1=$($1) is none of: $2))
+RECIPE = $(call one-of,MODEL,$(MODELS))$(call one-of,METHOD,$(METHODS))$(call one-of,DATA,$(DATA_$(MODEL)))$(call \
+	one-of,VLLM,0 1)recipes/$(FOLDER_$(MODEL))/$(METHOD)/$(DATA).yaml
+OPTIONS = $(strip --use_vllm $(if $(WITH_VLLM),true,false) $(if $(strip $(ACCELERATE)),--accelerate_config $(ACCELERATE)) \
+	$(if $(MODEL_PATH),--model_name_or_path "$(MODEL_PATH)"))
+# At once, not after minutes of installing.
+ifneq ($(filter train,$(MAKECMDGOALS)),)
+RECIPE := $(RECIPE)
+endif
 
 .PHONY: help install train base test lint format bench clean
 
 help:  ## Show this text
 	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 	@echo
-	@echo '  make train MODEL=tiny|smollm2|qwen METHOD=l2t|grpo VLLM=0|1 MODEL_PATH=FOLDER ARGS="--any-field value"'
+	@echo '  make train MODEL=... DATA=... METHOD=l2t|grpo VLLM=0|1 MODEL_PATH=FOLDER ACCELERATE=NAME ARGS="--any-field value"'
+	@echo
+	@printf '  %-11s %-31s %-24s %s\n' MODEL= 'what it is' 'DATA= (first: default)' ACCELERATE=
+	@$(foreach model,$(MODELS),printf '  %-11s %-31s %-24s %s\n' '$(model)' '$(FOLDER_$(model))' '$(DATA_$(model))' '$(or $(ACCELERATE_$(model)),-)';)
 
 install: $(PACKAGE) $(if $(WITH_VLLM),$(VLLM_INSTALLED))  ## Make the environment (.venv) and install the package with what its tests need
 
-train: $(PACKAGE) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) $(if $(WITH_VLLM),$(VLLM_INSTALLED))  ## Train MODEL by METHOD, with an evaluation before and after
-	$(BIN)/l2t train --config $(RECIPE) $(if $(WITH_VLLM),--use_vllm true) $(if $(MODEL_PATH),--model_name_or_path "$(MODEL_PATH)") $(ARGS)
+train: $(PACKAGE) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) $(if $(WITH_VLLM),$(VLLM_INSTALLED))  ## Train MODEL on DATA by METHOD
+	$(BIN)/l2t train --config $(RECIPE) $(OPTIONS) $(ARGS)
 
 base: $(PACKAGE)  ## Make the embedded base model (l2t_trl/tiny/model) anew
 	$(BIN)/python -m l2t_trl.scripts.base $(ARGS)

@@ -12,6 +12,7 @@ from l2t_trl.errors import RolloutError, UserError
 
 COMMANDS = {
     "train": "train a model with L2T, or with GRPO for comparison",
+    "plan": "say what memory a recipe takes on given GPUs, and whether it fits",
     "serve": "start a vLLM server for rollouts",
     "score": "score the episodes of given completions, without training",
     "env": "print versions and what runs on this machine",

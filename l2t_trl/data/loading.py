@@ -198,7 +198,11 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     if source is not None and answer_column == "answer":
         answer_column, extract = source.answer, source.extract
     # Neither continuations nor rewards of the user's own need gold answers; evaluations do.
-    needs_answers = training_args.correctness_estimator != "rollout" or script_args.eval_before_after
+    if script_args.method == "l2t":
+        needs_answers = training_args.correctness_estimator != "rollout"
+    else:
+        needs_answers = "accuracy" in script_args.reward_funcs
+    needs_answers = needs_answers or script_args.eval_before_after
     for setting, column in (("question_column", question_column), ("answer_column", answer_column)):
         if column not in names and (setting == "question_column" or needs_answers):
             raise UserError(f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.")

@@ -187,13 +187,11 @@ def quieten_vllm():
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def help_text() -> str:
-    """Return the text of `l2t train --help`: every setting, from the sources."""
-    import textwrap
-
+def setting_sections() -> tuple:
+    """Return title and fields of each class of settings, from the sources; a field's first declaration holds."""
     from l2t_trl.fields import module_path, read_fields
 
-    sections = (
+    return (
         ("L2T", read_fields(module_path("l2t_trl", "l2t_config.py"), "L2TConfig")),
         ("Script", read_fields(__file__, "L2TScriptArguments")),
         ("Launch", read_fields(__file__, "LaunchArguments")),
@@ -205,6 +203,12 @@ def help_text() -> str:
             read_fields(module_path("transformers", "training_args.py"), "TrainingArguments"),
         ),
     )
+
+
+def help_text() -> str:
+    """Return the text of `l2t train --help`: every setting, from the sources."""
+    import textwrap
+
     lines = [
         "usage: l2t train [--config FILE] [--any-field VALUE ...] [--accelerate_config NAME|FILE] [--dry-run]",
         "",
@@ -219,7 +223,7 @@ def help_text() -> str:
         100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False, break_long_words=False
     )
     seen = set()
-    for title, fields in sections:
+    for title, fields in setting_sections():
         lines += ["", f"{title}:"]
         for item in fields:
             # A class further up declares the field anew, with the default that holds.
@@ -254,6 +258,7 @@ def main(script_args, training_args, model_args):
 
     from l2t_trl.checkpoints import check_resumable
     from l2t_trl.data.loading import load_rows
+    from l2t_trl.memory import LOST_UPDATES, loses_updates
     from l2t_trl.model_card import write_model_card
     from l2t_trl.models import load_tokenizer, resolve_model
     from l2t_trl.rewards import get_reward_funcs
@@ -283,6 +288,10 @@ def main(script_args, training_args, model_args):
     trainer = build_trainer(
         script_args, training_args, model_args, model_path, tokenizer, reward_funcs, train_rows, test_rows
     )
+
+    has_fp32_weights = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or model_args.use_peft
+    if not has_fp32_weights and loses_updates(model_args.dtype, training_args.learning_rate):
+        say(f"Warning: {LOST_UPDATES}")
 
     is_evaluated = script_args.eval_before_after and test_rows is not None
     if is_evaluated and trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:

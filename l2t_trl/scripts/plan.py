@@ -1,0 +1,434 @@
+"""`l2t plan`: what memory a recipe takes on given GPUs, whether it fits, and what to change. Nothing heavy is imported."""
+
+import argparse
+import ast
+import difflib
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from l2t_trl.errors import UserError
+from l2t_trl.memory import (
+    GIB,
+    LOST_UPDATES,
+    Plan,
+    Setup,
+    adapter_parameters,
+    loses_updates,
+    make_plan,
+    trainable_parameters,
+)
+from l2t_trl.model_shapes import Shape, find_shape
+
+
+# Fragmentation and what the arithmetic leaves out need room, too.
+FILLED = 0.9
+# peft's choice for Qwen2 and Llama.
+LORA_MODULES = ["q_proj", "v_proj"]
+# A probe's text takes a token per so many characters, and its answer so many tokens.
+CHARACTERS_PER_TOKEN, ANSWER_TOKENS = 4, 8
+CPU = "cpu"
+SMALL_SHARE = 0.2  # of a GPU, for a vLLM that has to do with little
+SHOWN = GIB // 20  # smaller parts are counted, but not listed
+
+
+class Gpus(NamedTuple):
+    """GPUs of a kind: how many, what they are called ("cpu": none, but processes), and the memory of each in GiB."""
+
+    count: int
+    name: str
+    gib: float
+
+
+class Request(NamedTuple):
+    """What is planned: settings by name, the accelerate configuration (`None` without), and the GPUs."""
+
+    settings: dict[str, Any]
+    accelerate: dict[str, Any] | None
+    gpus: Gpus
+
+
+class Verdict(NamedTuple):
+    """A plan, whether it fits, and what is wrong or worth knowing."""
+
+    shape: Shape
+    setup: Setup
+    plan: Plan
+    fits: bool
+    remarks: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the arguments of `l2t plan` to `parser`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="recipe, as for l2t train")
+    parser.add_argument(
+        "--gpus",
+        required=True,
+        metavar="NxNAME-GB",
+        help="e.g. 8xA100-80: number, name and memory of each in GB; 1xcpu-8 without a GPU",
+    )
+    parser.add_argument(
+        "--accelerate_config",
+        metavar="NAME",
+        help="file or name of an accelerate configuration, as for l2t train; as many processes as GPUs are counted",
+    )
+    parser.add_argument(
+        "--prompt_length",
+        type=int,
+        metavar="N",
+        help="tokens of the longest prompt, where that is known to be shorter than max_prompt_length",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting instead of the recipe's, e.g. per_device_train_batch_size=1; repeat for more",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the plan; the exit code is 1 if it does not fit."""
+    request = request_of(args)
+    verdict = judge(request)
+    print(report(request, verdict))
+    return 0 if verdict.fits else 1
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """Return what the command line asks for."""
+    settings = read_settings(args.config, args.set)
+    if args.prompt_length is not None:
+        settings["max_prompt_length"] = args.prompt_length
+    return Request(settings, read_accelerate(args.accelerate_config), parse_gpus(args.gpus))
+
+
+def parse_gpus(text: str) -> Gpus:
+    """
+    Read "8xA100-80".
+
+    Raises:
+        UserError: if it is written in another way.
+    """
+    match = re.fullmatch(r"(\d+)x(.+)-(\d+(?:\.\d+)?)", text)
+    if match is None or int(match[1]) < 1 or float(match[3]) <= 0:
+        raise UserError(f"gpus must be written like 8xA100-80 (number x name - GB of each), got {text!r}.")
+    return Gpus(int(match[1]), match[2], float(match[3]))
+
+
+def read_settings(path: str, overrides: list[str]) -> dict[str, Any]:
+    """
+    Return every setting's value: the default, that of the recipe, or that of `overrides` (`"key=value"`).
+
+    Raises:
+        UserError: if the recipe cannot be read, or a key is no setting.
+    """
+    from l2t_trl.scripts.train import setting_sections
+
+    settings: dict[str, Any] = {}
+    for _, fields in setting_sections():
+        for item in fields:
+            settings.setdefault(item.name, _literal(item.default))
+    given = dict(_read_yaml(path))
+    given.pop("env", None)
+    for entry in overrides:
+        key, mark, value = entry.partition("=")
+        if not mark:
+            raise UserError(f"--set takes KEY=VALUE, got {entry!r}.")
+        given[key] = _literal({"true": "True", "false": "False", "null": "None"}.get(value.lower(), value), value)
+    for key in given:
+        if key not in settings:
+            close = difflib.get_close_matches(str(key), settings, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UserError(f"{path}: {key} is not a setting{hint}.")
+    return settings | given
+
+
+def read_accelerate(name: str | None) -> dict[str, Any] | None:
+    """Return the accelerate configuration of a name or path, `None` for none."""
+    from l2t_trl.launch import find_accelerate_config
+
+    return None if name is None else dict(_read_yaml(str(find_accelerate_config(name))))
+
+
+def judge(request: Request) -> Verdict:
+    """
+    Return what a request takes and whether it fits.
+
+    Raises:
+        UserError: for a value that cannot be reckoned with.
+    """
+    settings, gpus = request.settings, request.gpus
+    shape = find_shape(settings["model_name_or_path"])
+    setup = make_setup(request, shape)
+    plan = make_plan(shape, setup)
+    room = FILLED * setup.device_bytes
+    fits = plan.peak <= room
+    remarks = []
+    if not fits:
+        remarks.append(f"{_gib(plan.peak)} GiB are more than {FILLED:.0%} of {gpus.gib:g} GiB.")
+    if plan.engine_tokens is not None:
+        needed = setup.vllm_length or setup.length
+        if plan.engine_tokens < needed:
+            fits = False
+            remarks.append(
+                f"vLLM's share leaves room for {plan.engine_tokens:,} tokens, but one sequence may take {needed:,}: "
+                "raise vllm_gpu_memory_utilization, or set vllm_max_model_length to what is needed."
+            )
+        else:
+            remarks.append(
+                f"vLLM's key-value cache holds {plan.engine_tokens:,} tokens, {plan.engine_tokens // needed} sequences of "
+                f"{needed:,}."
+            )
+    is_full = setup.zero_stage is None and setup.adapter_parameters is None
+    if is_full and loses_updates(settings["dtype"], float(settings["learning_rate"])):
+        remarks.append(LOST_UPDATES)
+    if gpus.count > 1 and request.accelerate is None:
+        remarks.append("Without --accelerate_config l2t train starts one process; counted as multi_gpu here.")
+    return Verdict(shape, setup, plan, fits, remarks)
+
+
+def make_setup(request: Request, shape: Shape) -> Setup:
+    """Return the sizes that a request's memory depends on."""
+    settings, accelerate, gpus = request
+    is_gpu = gpus.name != CPU
+    deepspeed = (accelerate or {}).get("deepspeed_config") or {}
+    stage = int(deepspeed.get("zero_stage", 0)) if deepspeed else None
+    batch, accumulation = (
+        _whole(settings, "per_device_train_batch_size"),
+        _whole(settings, "gradient_accumulation_steps"),
+    )
+    if settings["generation_batch_size"] is not None:
+        rollouts = _whole(settings, "generation_batch_size") // gpus.count
+    else:
+        steps = settings["steps_per_generation"]
+        rollouts = batch * (accumulation if steps is None else _whole(settings, "steps_per_generation"))
+    prompt = 1024 if settings["max_prompt_length"] is None else _whole(settings, "max_prompt_length")
+    adapters = None
+    if settings["use_peft"]:
+        modules = settings["lora_target_modules"] or LORA_MODULES
+        modules = [modules] if isinstance(modules, str) else modules
+        if modules == ["all-linear"]:
+            modules = list(shape.linear_sizes)
+        unknown = set(modules) - set(shape.linear_sizes)
+        if unknown:
+            raise UserError(
+                f"lora_target_modules: a plan counts {', '.join(shape.linear_sizes)}, got {sorted(unknown)}."
+            )
+        adapters = adapter_parameters(shape, _whole(settings, "lora_r"), modules)
+    is_l2t = settings["method"] == "l2t"
+    probes = 0
+    if is_l2t and settings["correctness_estimator"] == "answer_likelihood":
+        probe = math.ceil(len(settings["answer_probe"]) / CHARACTERS_PER_TOKEN) + ANSWER_TOKENS
+        probes = probe * (_whole(settings, "max_episodes") + 1)
+    is_colocated = settings["use_vllm"] and settings["vllm_mode"] == "colocate"
+    return Setup(
+        num_processes=gpus.count,
+        is_gpu=is_gpu,
+        device_bytes=int(gpus.gib * GIB),
+        dtype=settings["dtype"] or "float32",
+        # Where bf16 is not set, it follows the machine.
+        is_mixed=is_gpu if settings["bf16"] is None else settings["bf16"],
+        zero_stage=stage,
+        offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
+        offloads_parameters=deepspeed.get("offload_param_device", "none") != "none",
+        batch_size=batch,
+        accumulation=accumulation,
+        rollout_batch_size=rollouts,
+        prompt_length=prompt,
+        completion_length=_whole(settings, "max_completion_length"),
+        checkpoints_activations=bool(settings["gradient_checkpointing"]),
+        is_flash="flash" in (settings["attn_implementation"] or ""),
+        has_reference=float(settings["beta"]) > 0 and adapters is None,
+        adapter_parameters=adapters,
+        uses_vllm=bool(settings["use_vllm"]),
+        vllm_share=float(settings["vllm_gpu_memory_utilization"]) if is_colocated else None,
+        vllm_sleeps=bool(settings["vllm_enable_sleep_mode"]),
+        vllm_tensor_parallel=_whole(settings, "vllm_tensor_parallel_size"),
+        vllm_length=settings["vllm_max_model_length"],
+        scoring_batch_size=(settings["scoring_batch_size"] or batch) if is_l2t else None,
+        num_probe_tokens=probes,
+    )
+
+
+def changes(request: Request) -> list[tuple[str, Request]]:
+    """
+    Return the fewest of the usual changes that make a request fit, in the order in which they cost least, each with
+    the request after it and those before; none if all of them do not suffice.
+    """
+    chosen: list[tuple[str, Callable[[Request], Request | None]]] = []
+    for name, change in CHANGES:
+        if _apply(request, [*chosen, (name, change)]) is None:
+            continue
+        chosen.append((name, change))
+        if judge(_apply(request, chosen)).fits:
+            break
+    else:
+        return []
+    # The costliest first: what costs less may do without it.
+    for item in chosen[::-1]:
+        fewer = [other for other in chosen if other is not item]
+        after = _apply(request, fewer)
+        if after is not None and judge(after).fits:
+            chosen = fewer
+    return [(chosen[index][0], _apply(request, chosen[: index + 1])) for index in range(len(chosen))]
+
+
+def report(request: Request, verdict: Verdict) -> str:
+    """Return the text that `l2t plan` prints."""
+    shape, setup, plan = verdict.shape, verdict.setup, verdict.plan
+    settings, gpus = request.settings, request.gpus
+    stage = "no DeepSpeed" if setup.zero_stage is None else f"ZeRO-{setup.zero_stage}"
+    completions = setup.batch_size * setup.accumulation * setup.num_processes
+    lines = [
+        f"{settings['model_name_or_path']}, {settings['method']}: {shape.num_parameters / 1e9:.3f} B parameters, "
+        f"{trainable_parameters(shape, setup) / 1e9:.3f} B trained",
+        f"{gpus.count} x {gpus.name} with {gpus.gib:g} GiB, {stage}; {completions} completions of at most "
+        f"{setup.completion_length:,} tokens per optimiser step",
+        "",
+        "GiB per GPU, always there",
+    ]
+    lines += [f"  {name:<40}{_gib(size):>6}" for name, size in plan.resident.items()]
+    for name, items in plan.phases.items():
+        mark = "  <- peak" if name == plan.peak_phase else ""
+        lines.append(f"during {name:<35}{_gib(sum(items.values())):>6}{mark}")
+        lines += [f"  {part:<40}{_gib(size):>6}" for part, size in items.items() if size >= SHOWN]
+    if plan.host:
+        lines.append("in CPU memory, all processes")
+        lines += [f"  {name:<32}{_gib(size * setup.num_processes):>6}" for name, size in plan.host.items()]
+    lines += ["", f"{'peak':<42}{_gib(plan.peak):>6}  of {gpus.gib:g}: {'fits' if verdict.fits else 'DOES NOT FIT'}"]
+    lines += verdict.remarks
+    if not verdict.fits:
+        steps = changes(request)
+        if steps:
+            lines.append("What would make it fit:")
+            lines += [f"  {name:<66} peak {_gib(judge(after).plan.peak)} GiB" for name, after in steps]
+        else:
+            lines.append("No usual change makes it fit: shorter completions, more or larger GPUs.")
+    return "\n".join(lines)
+
+
+def _apply(request: Request, chosen: list) -> Request | None:
+    for _, change in chosen:
+        request = change(request)
+        if request is None:
+            return None
+    return request
+
+
+def _with(request: Request, **settings) -> Request:
+    return request._replace(settings=request.settings | settings)
+
+
+def _checkpoint(request: Request) -> Request | None:
+    return None if request.settings["gradient_checkpointing"] else _with(request, gradient_checkpointing=True)
+
+
+def _smaller_batch(request: Request) -> Request | None:
+    settings = request.settings
+    batch = _whole(settings, "per_device_train_batch_size")
+    if batch == 1:
+        return None
+    steps = settings["steps_per_generation"]
+    return _with(
+        request,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=batch * _whole(settings, "gradient_accumulation_steps"),
+        steps_per_generation=None if steps is None else batch * steps,
+    )
+
+
+def _sleep(request: Request) -> Request | None:
+    settings = request.settings
+    if not settings["use_vllm"] or settings["vllm_mode"] != "colocate" or settings["vllm_enable_sleep_mode"]:
+        return None
+    return _with(request, vllm_enable_sleep_mode=True)
+
+
+def _smaller_engine(request: Request) -> Request | None:
+    settings = request.settings
+    if not settings["use_vllm"] or settings["vllm_mode"] != "colocate":
+        return None
+    if settings["vllm_gpu_memory_utilization"] <= SMALL_SHARE:
+        return None
+    smaller = _with(request, vllm_gpu_memory_utilization=SMALL_SHARE)
+    setup = make_setup(smaller, shape := find_shape(settings["model_name_or_path"]))
+    has_room = make_plan(shape, setup).engine_tokens >= (setup.vllm_length or setup.length)
+    return smaller if has_room else None
+
+
+def _other_gpus(request: Request) -> Request | None:
+    settings = request.settings
+    is_colocated = settings["use_vllm"] and settings["vllm_mode"] == "colocate"
+    return _with(request, vllm_mode="server") if is_colocated else None
+
+
+def _flash(request: Request) -> Request | None:
+    has_flash = "flash" in (request.settings["attn_implementation"] or "")
+    return None if has_flash else _with(request, attn_implementation="flash_attention_2")
+
+
+def _zero(name: str) -> Callable[[Request], Request | None]:
+    def change(request: Request) -> Request | None:
+        wanted = read_accelerate(name)
+        present = (request.accelerate or {}).get("deepspeed_config") or {}
+        offloads = present.get("offload_param_device", "none") != "none"
+        stages = present.get("zero_stage", 0), wanted["deepspeed_config"]["zero_stage"]
+        if offloads or stages[0] > stages[1] or (stages[0] == stages[1] and name != "zero3_offload"):
+            return None
+        return request._replace(accelerate=wanted)
+
+    return change
+
+
+def _adapters(request: Request) -> Request | None:
+    return None if request.settings["use_peft"] else _with(request, use_peft=True)
+
+
+# What costs least comes first.
+CHANGES = (
+    ("gradient_checkpointing: true", _checkpoint),
+    ("per_device_train_batch_size: 1, more gradient_accumulation_steps", _smaller_batch),
+    ("attn_implementation: flash_attention_2 (needs flash-attn)", _flash),
+    ("--accelerate_config zero2", _zero("zero2")),
+    ("--accelerate_config zero3", _zero("zero3")),
+    ("vllm_enable_sleep_mode: true", _sleep),
+    (f"vllm_gpu_memory_utilization: {SMALL_SHARE}", _smaller_engine),
+    ("vllm_mode: server, with l2t serve on other GPUs", _other_gpus),
+    ("--accelerate_config zero3_offload", _zero("zero3_offload")),
+    ("use_peft: true (LoRA)", _adapters),
+)
+
+
+def _whole(settings: dict[str, Any], name: str) -> int:
+    value = settings[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} must be a whole number, 1 or larger, got {value!r}.")
+    return value
+
+
+def _literal(text: str, otherwise: Any = None) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return otherwise
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold one YAML mapping of settings.")
+    return content
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
