@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model with L2T, or with GRPO for comparison",
     "serve": "start a vLLM server for rollouts",
     "score": "score the episodes of given completions, without training",
+    "data": "list, show and prepare data sets, and write them in verl's layout",
     "env": "print versions and what runs on this machine",
 }
 

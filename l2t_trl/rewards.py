@@ -12,6 +12,10 @@ from l2t_trl.answers import final_answer as final_answer
 from l2t_trl.errors import UserError
 
 
+# Columns of a data set that `accuracy` reads.
+ANSWER_COLUMNS = ("answer", "accepted_answers", "reasoning_task")
+
+
 def accuracy(
     completions: list,
     answer: list[str],

@@ -261,23 +261,18 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     if len(rows) == 0:
         raise UserError(f"{name}: the data set has no rows.")
     names = list(dict.fromkeys(key for row in rows for key in row))
-    has_own_columns = script_args.question_column is not None or training_args.answer_column != "answer"
-    if is_verl(rows) and not has_own_columns:
+    names_columns = script_args.question_column is not None or training_args.answer_column != "answer"
+    if is_verl(rows) and not names_columns:
         rows = [from_verl(row) for row in rows]
         names = list(dict.fromkeys(key for row in rows for key in row))
-    source = BY_HUB_ID.get(name)
-    question_column = script_args.question_column or (source.question if source else None)
-    if question_column is None:
-        question_column = next((column for column in QUESTION_COLUMNS if column in names), "question")
-    answer_column, golds = training_args.answer_column, plain_gold
-    if source is not None and answer_column == "answer":
-        answer_column, golds = source.answer, source.golds
+    question_column, answer_column, golds = find_columns(
+        name, names, script_args.question_column, training_args.answer_column
+    )
     # Neither continuations nor rewards of the user's own need gold answers; evaluations do.
     needs_answers = training_args.correctness_estimator != "rollout" or script_args.eval_before_after
     for setting, column in (("question_column", question_column), ("answer_column", answer_column)):
         if column not in names and (setting == "question_column" or needs_answers):
-            hint = " Nor has it verl's columns prompt and reward_model." if name.endswith(".parquet") else ""
-            raise UserError(f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.{hint}")
+            raise UserError(no_column(name, column, setting, names))
 
     is_chat = tokenizer.chat_template is not None
     columns = {"prompt": [make_prompt(row.get(question_column), script_args, is_chat) for row in rows]}
@@ -302,6 +297,34 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
         ):
             columns[column] = values
     return Dataset.from_dict(columns)
+
+
+def no_column(name: str, column: str, setting: str, names: Sequence[str]) -> str:
+    """Return what to say of a data set without a column that is wanted."""
+    hint = " Nor is it in verl's layout (prompt, and reward_model with ground_truth)." if ".parquet" in name else ""
+    return f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.{hint}"
+
+
+def find_columns(
+    name: str, names: Sequence[str], question_column: str | None, answer_column: str
+) -> tuple[str, str, Callable[[Any], str | list[str] | None]]:
+    """
+    Return the columns of question and gold answer, and how to take the gold, or several, out of the latter.
+
+    Args:
+        name (`str`): name of the data set; known Hub ids have columns of their own.
+        names (`Sequence[str]`): columns that there are.
+        question_column (`str`, *optional*): column that the user chose; by default the first usual one.
+        answer_column (`str`): likewise; `"answer"` leaves a known data set's own.
+    """
+    source = BY_HUB_ID.get(name)
+    if question_column is None and source is not None:
+        question_column = source.question
+    if question_column is None:
+        question_column = next((column for column in QUESTION_COLUMNS if column in names), "question")
+    if source is not None and answer_column == "answer":
+        return question_column, source.answer, source.golds
+    return question_column, answer_column, plain_gold
 
 
 def make_prompt(question: Any, script_args, is_chat: bool) -> str | list[dict[str, str]]:

@@ -14,6 +14,7 @@ from l2t_trl.errors import UserError
 
 # Samples are drawn with this seed, whatever a run's own, so that a name means the same rows for everyone.
 SAMPLE_SEED = 0
+RAW_ANSWER = "raw_answer"
 
 
 class Loaded(NamedTuple):
@@ -28,7 +29,9 @@ class Loaded(NamedTuple):
     notes: list[str]
 
 
-def resolve_split(source: Source, split: str, config: str | None = None) -> Loaded | None:
+def resolve_split(
+    source: Source, split: str, config: str | None = None, keeps_raw_answer: bool = False
+) -> Loaded | None:
     """
     Read one split of a known source.
 
@@ -39,6 +42,8 @@ def resolve_split(source: Source, split: str, config: str | None = None) -> Load
             One of `source.splits`.
         config (`str`, *optional*):
             Other configuration than the source's.
+        keeps_raw_answer (`bool`, *optional*, defaults to `False`):
+            Whether rows have a column `raw_answer`, such as the whole solution that ends in the gold answer.
 
     Returns:
         [`Loaded`] or `None` if the source has no such split.
@@ -65,6 +70,9 @@ def resolve_split(source: Source, split: str, config: str | None = None) -> Load
     else:
         rows, num_read = _draw(source, raw, overlap, refused)
     _check_ids(source, rows)
+    if not keeps_raw_answer:
+        for row in rows:
+            del row[RAW_ANSWER]
     if refused or source.sample is not None:
         reasons = "; ".join(f"{count} {reason}" for reason, count in refused.most_common()) or "none"
         notes.insert(0, f"{len(rows)} of {num_read} rows kept; left out: {reasons}.")
@@ -130,6 +138,7 @@ def _resolve(source: Source, row: dict[str, Any], index: int) -> dict[str, Any]:
         "id": str(row[source.id_column]) if source.id_column in row else str(index),
         "question": row[source.question],
         "answer": golds[0] if isinstance(golds, list) else golds,
+        RAW_ANSWER: row[source.answer],
     }
     if isinstance(golds, list):
         resolved[ACCEPTED] = golds

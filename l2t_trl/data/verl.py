@@ -31,7 +31,7 @@ the answer."""
 
 def to_verl(
     question: str,
-    gold: str | Sequence[str],
+    gold: str,
     raw_answer: str,
     data_source: str,
     split: str,
@@ -44,7 +44,7 @@ def to_verl(
 
     Args:
         question (`str`): question without instruction.
-        gold (`str` or `Sequence[str]`): gold answer, or all that are accepted.
+        gold (`str`): gold answer.
         raw_answer (`str`): the answer as the data set has it, such as GSM8K's whole solution.
         data_source (`str`): Hub id, by which verl chooses its reward.
         split (`str`): name of the split.
@@ -63,7 +63,7 @@ def to_verl(
         "data_source": data_source,
         "prompt": [*system, {"role": "user", "content": f"{question} {instruction}"}],
         "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": gold if isinstance(gold, str) else list(gold)},
+        "reward_model": {"style": "rule", "ground_truth": gold},
         "extra_info": {"split": split, "index": index, "answer": raw_answer, "question": question},
     }
 
@@ -84,7 +84,8 @@ def from_verl(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     truth = row["reward_model"]["ground_truth"]
     rest = {key: value for key, value in row.items() if key not in ("reward_model", "extra_info")}
-    if not isinstance(truth, list):
-        return rest | {"answer": plain_gold(truth)}
-    golds = [plain_gold(gold) for gold in truth]
-    return rest | {"answer": golds[0] if golds else None, ACCEPTED: golds}
+    # Several golds are ours to keep in extra_info; others make ground_truth a list.
+    several = truth if isinstance(truth, list) else (row.get("extra_info") or {}).get(ACCEPTED)
+    golds = [plain_gold(gold) for gold in several] if isinstance(several, list) else None
+    answer = plain_gold(truth) if not isinstance(truth, list) else next(iter(golds), None)
+    return rest | {"answer": answer} | ({ACCEPTED: golds} if golds else {})

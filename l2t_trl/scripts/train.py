@@ -275,7 +275,7 @@ def main(script_args, training_args, model_args):
     reward_funcs = get_reward_funcs(script_args.reward_funcs)
     model_path = resolve_model(model_args.model_name_or_path, say=say)
     tokenizer = load_tokenizer(model_path, revision=model_args.model_revision)
-    train_rows, test_rows = load_rows(script_args, training_args, tokenizer)
+    train_rows, test_rows = load_rows(script_args, training_args, tokenizer, say)
     num_test_rows = 0 if test_rows is None else len(test_rows)
     say(f"Data: {script_args.dataset_name}, {len(train_rows)} rows to train on, {num_test_rows} to evaluate on.")
 
