@@ -228,8 +228,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]):
         os.replace(partial, path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Nothing was changed; make room or set another "
-            "--output."
+            f"{path} cannot be written: {error.strerror or error}. If it was there before, it is as it was. Make room, "
+            "or set another --output."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
