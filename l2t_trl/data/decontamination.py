@@ -1,11 +1,14 @@
 """Finding training questions that resemble questions of a benchmark."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 
-# As for GPT-3: a run of 13 words in common is no accident.
-NGRAM_WORDS = 13
+NGRAM_WORDS = 8
+# A question is one of a benchmark's if it has half of that one's runs of words. One run alone is no sign: half of all
+# AIME questions end "where m and n are relatively prime positive integers find m n".
+SHARE = 0.5
 
 
 def words_of(text: str) -> list[str]:
@@ -19,30 +22,40 @@ class Overlap:
 
     Args:
         questions (`dict[str, Iterable[str]]`): the questions of each benchmark, by its name.
-        ngram_words (`int`, *optional*, defaults to 13): words in a row that two questions may not have in common.
+        ngram_words (`int`, *optional*, defaults to 8): length of the runs of words that are compared.
     """
 
     def __init__(self, questions: dict[str, Iterable[str]], ngram_words: int = NGRAM_WORDS):
         self.ngram_words = ngram_words
         self._whole: dict[tuple[str, ...], str] = {}
-        self._ngrams: dict[tuple[str, ...], str] = {}
+        self._names: list[str] = []
+        self._num_ngrams: list[int] = []
+        # For each run of words, the questions that have it.
+        self._having: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for name, texts in questions.items():
             for text in texts:
-                words = words_of(text)
-                self._whole.setdefault(tuple(words), name)
-                for ngram in self._ngrams_of(words):
-                    self._ngrams.setdefault(ngram, name)
+                words = tuple(words_of(text))
+                self._whole.setdefault(words, name)
+                ngrams = self._ngrams_of(words)
+                for ngram in ngrams:
+                    self._having[ngram].append(len(self._names))
+                self._names.append(name)
+                self._num_ngrams.append(len(ngrams))
 
     def find(self, question: str) -> str | None:
         """
         Return the benchmark with a question that `question` resembles, or `None`.
 
-        Two questions resemble each other if their words are the same, or have a run of `ngram_words` in common.
+        It resembles one whose words are the same, and one of whose runs of `ngram_words` words it has half at least.
         """
-        words = words_of(question)
-        if words and tuple(words) in self._whole:
-            return self._whole[tuple(words)]
-        return next((self._ngrams[ngram] for ngram in self._ngrams_of(words) if ngram in self._ngrams), None)
+        words = tuple(words_of(question))
+        if words and words in self._whole:
+            return self._whole[words]
+        shared = Counter(number for ngram in self._ngrams_of(words) for number in self._having.get(ngram, ()))
+        for number, count in shared.items():
+            if count >= SHARE * self._num_ngrams[number]:
+                return self._names[number]
+        return None
 
-    def _ngrams_of(self, words: list[str]) -> Iterable[tuple[str, ...]]:
-        return (tuple(words[i : i + self.ngram_words]) for i in range(len(words) - self.ngram_words + 1))
+    def _ngrams_of(self, words: Sequence[str]) -> set[tuple[str, ...]]:
+        return {tuple(words[i : i + self.ngram_words]) for i in range(len(words) - self.ngram_words + 1)}

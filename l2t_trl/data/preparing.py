@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from l2t_trl.answers import understood
 from l2t_trl.data.loading import find_columns, generate_rows, no_column, no_split, read_rows
 from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, is_generated, plain_gold
-from l2t_trl.data.resolving import RAW_ANSWER, resolve_split
+from l2t_trl.data.resolving import RAW_ANSWER, benchmark_overlap, resolve_split
 from l2t_trl.data.verl import from_verl, is_verl, to_verl
 from l2t_trl.errors import UserError
 
@@ -134,6 +134,35 @@ def find_problems(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
             problems["id of an earlier row"].append(number)
         ids.add(row["id"])
     return dict(problems)
+
+
+def without_benchmark_questions(
+    splits: dict[str, list[dict[str, Any]]], say: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Return the splits without the rows whose question resembles one of a benchmark that can be read here.
+
+    Args:
+        splits (`dict[str, list[dict]]`): rows as from [`read_splits`].
+        say (`Callable[[str], None]`): told what was compared, and how many rows were left out.
+
+    Raises:
+        UserError: if no row is left.
+    """
+    notes: list[str] = []
+    overlap = benchmark_overlap(notes)
+    kept = {}
+    for split, rows in splits.items():
+        found = [overlap.find(row["question"]) if isinstance(row.get("question"), str) else None for row in rows]
+        kept[split] = [row for row, benchmark in zip(rows, found, strict=True) if benchmark is None]
+        counts = Counter(benchmark for benchmark in found if benchmark)
+        reasons = "; ".join(f"{count} like a question of {benchmark}" for benchmark, count in counts.most_common())
+        say(f"{split}: {len(kept[split])} of {len(rows)} rows kept; left out: {reasons or 'none'}.")
+        if not kept[split]:
+            raise UserError(f"{split}: no row is left.")
+    for note in notes:
+        say(note)
+    return kept
 
 
 def not_understood(rows: Sequence[dict[str, Any]]) -> list[int]:

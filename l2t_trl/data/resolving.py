@@ -62,7 +62,7 @@ def resolve_split(
     _check_columns(source, raw)
 
     notes: list[str] = []
-    overlap = _benchmark_overlap(notes) if source.is_decontaminated else None
+    overlap = benchmark_overlap(notes) if source.is_decontaminated else None
     refused: Counter[str] = Counter()
     if source.sample is None:
         rows = [row for row in _usable(source, raw, range(len(raw)), overlap, refused)]
@@ -147,13 +147,14 @@ def _resolve(source: Source, row: dict[str, Any], index: int) -> dict[str, Any]:
     return resolved | {column: row[column] for column in source.extra if column in row}
 
 
-def _benchmark_overlap(notes: list[str]) -> Overlap:
+def benchmark_overlap(notes: list[str]) -> Overlap:
     """Return the questions of all benchmarks that can be read; what cannot goes into `notes`."""
     questions, unread = {}, []
     for source in SOURCES.values():
         if source.is_benchmark:
             try:
                 questions[source.name] = [row["question"] for row in resolve_split(source, "test").rows]
+            # Benchmarks are compared with as far as they are at hand.
             except UserError:
                 unread.append(source.name)
     notes.append(f"compared with {', '.join(questions) or 'no benchmark'}.")

@@ -49,6 +49,9 @@ def _add_request(parser: argparse.ArgumentParser):
 
 def _add_output(parser: argparse.ArgumentParser, help_text: str):
     parser.add_argument("--output", required=True, help=help_text)
+    parser.add_argument(
+        "--decontaminate", action="store_true", help="leave out rows that resemble a question of a benchmark"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument(
         "--on_bad_row",
@@ -154,9 +157,17 @@ def to_verl(args: argparse.Namespace) -> int:
 def _checked_splits(args: argparse.Namespace) -> dict[str, list[dict]]:
     """Read the splits; rows that cannot be used stop it, or are left out and said, as `--on_bad_row` has it."""
     from l2t_trl.data.checks import list_rows
-    from l2t_trl.data.preparing import NOT_UNDERSTOOD, find_problems, not_understood, read_splits
+    from l2t_trl.data.preparing import (
+        NOT_UNDERSTOOD,
+        find_problems,
+        not_understood,
+        read_splits,
+        without_benchmark_questions,
+    )
 
     splits = read_splits(_request(args), print)
+    if args.decontaminate:
+        splits = without_benchmark_questions(splits, print)
     for split, rows in splits.items():
         problems = find_problems(rows)
         summary = "; ".join(f"{reason}: {list_rows(numbers)}" for reason, numbers in problems.items())
