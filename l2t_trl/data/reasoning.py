@@ -1,7 +1,7 @@
 """
 Procedural tasks of the optional package reasoning-gym, each with a verifier of its own.
 
-A row's column `reasoning_task` is the text `<name>/<tier>/<number>/<checksum>`, from which the task is made anew
+A row's column `reasoning_task` is the text `<name>/<tier>/<seed>/<number>/<checksum>`, from which the task is made anew
 where its verifier is wanted.
 """
 
@@ -15,8 +15,8 @@ from l2t_trl.errors import UserError
 
 
 TIERS = (1, 2, 3, 4)
-# Far more than anybody draws; the generators take no notice of it but for their range check.
-SIZE = 10**13
+# Questions that a seed has. Some generators make a list of that length first.
+SIZE = 200_000
 # reasoning-gym adds seed and number of a question: so far apart, those of two seeds do not overlap.
 SEED_STRIDE = 1_000_000
 # As in the arithmetic world, one question in ten is held out.
@@ -74,17 +74,16 @@ def make_rows(name: str, size: int, seed: int, tiers: Sequence[int] | None, spli
     if tiers and not set(tiers) <= set(has):
         raise UserError(f"{name}: got tiers={list(tiers)}; it has {list(has) or 'no tiers'}.")
     levels = [str(tier) for tier in tiers or has] or ["-"]
-    start = seed % SEED_STRIDE * SEED_STRIDE
     rows: dict[str, dict[str, Any]] = {}
-    for index in range(start, start + MAX_TRIES * max(size, 50)):
+    for index in range(min(SIZE, MAX_TRIES * max(size, 50))):
         level = levels[len(rows) % len(levels)]
-        entry = _entry(task, level, index)
+        entry = _entry(task, level, seed, index)
         if entry is None or entry["question"] in rows:
             continue
         checksum = zlib.crc32(entry["question"].encode())
         if (checksum % TEST_SHARE_INVERSE == 0) != (split == "test"):
             continue
-        key = f"{task}/{level}/{index}/{checksum}"
+        key = f"{task}/{level}/{seed}/{index}/{checksum}"
         row = {"id": key, "question": entry["question"], "answer": entry["answer"], "reasoning_task": key}
         rows[row["question"]] = row if level == "-" else {**row, "tier": int(level)}
         if len(rows) == size:
@@ -114,16 +113,16 @@ def is_solved(key: str, given: str) -> bool | None:
     Returns:
         `bool` or `None`: `None` if the task cannot be made anew as it was.
     """
-    task, level, index, checksum = key.split("/")
-    entry = _entry(task, level, int(index))
+    task, level, seed, index, checksum = key.split("/")
+    entry = _entry(task, level, int(seed), int(index))
     if entry is None or zlib.crc32(entry["question"].encode()) != int(checksum):
         return None
-    return float(_dataset(task, level).score_answer(given, entry)) == 1.0
+    return float(_dataset(task, level, int(seed)).score_answer(given, entry)) == 1.0
 
 
-def _entry(task: str, level: str, index: int) -> dict[str, Any] | None:
+def _entry(task: str, level: str, seed: int, index: int) -> dict[str, Any] | None:
     """Return one question of a task, or `None` if the generator finds none for this number."""
-    dataset = _dataset(task, level)
+    dataset = _dataset(task, level, seed)
     try:
         return dataset[index]
     except (ValueError, AssertionError, RuntimeError):
@@ -131,7 +130,7 @@ def _entry(task: str, level: str, index: int) -> dict[str, Any] | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _dataset(task: str, level: str):
+def _dataset(task: str, level: str, seed: int):
     package = _package()
     settings = {}
     try:
@@ -143,7 +142,7 @@ def _dataset(task: str, level: str):
             # Of that level alone; by default easier ones would be mixed in.
             context = DefaultCurriculumContext(mode=RangeAttributeMode.UPPER_BOUND)
             settings = dict(vars(curriculum.generate_configuration(context=context)))
-        return package.create_dataset(task, **{**settings, "seed": 0, "size": SIZE})
+        return package.create_dataset(task, **{**settings, "seed": seed * SEED_STRIDE, "size": SIZE})
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"{REASONING}:{task}: reasoning-gym cannot make tier {level} of it ({error}).") from error
 
