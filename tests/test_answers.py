@@ -149,6 +149,8 @@ def test_interruption_leaves_no_stale_verdict(pool, monkeypatch):
         patch.setattr(pool, "_collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pool.ask([HALF])
+    # The worker that still has the request would answer the next one with its verdict.
+    assert pool.num_workers == 0
     assert pool.ask([THIRD]) == [False]
 
 
@@ -200,6 +202,12 @@ def test_script_without_main_guard_runs_once_and_ends():
     )
     result = run_script(code)
     assert (result.returncode, result.stdout) == (0, "started\n[1.0]\n"), result.stderr
+
+
+def test_files_of_the_working_folder_are_not_imported_by_workers(pool, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert pool.ask([HALF]) == [True]
 
 
 def test_process_ends_at_once_while_an_answer_hangs_in_a_thread():

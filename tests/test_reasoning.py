@@ -60,11 +60,16 @@ def test_gold_answers_solve_their_tasks_by_the_reward(reasoning):
 
 
 def test_answers_other_than_the_gold_text_count_if_the_task_takes_them(reasoning):
-    rows = reasoning.make_rows("reasoning_gym:n_queens", 2, 0, [1], "train")
+    # Of a board of four with all queens taken away there are two.
+    boards = {"_ _ Q _\nQ _ _ _\n_ _ _ Q\n_ Q _ _", "_ Q _ _\n_ _ _ Q\nQ _ _ _\n_ _ Q _"}
     is_solved = reasoning.is_solved
-    assert all(is_solved(row["reasoning_task"], row["answer"]) is True for row in rows)
-    # The rules hold for another board, too: the gold's solution of one task is none of the other.
-    assert is_solved(rows[0]["reasoning_task"], "x") is False
+    rows = reasoning.make_rows("reasoning_gym:n_queens", 4, 0, [1], "train")
+    both = [row for row in rows if all(is_solved(row["reasoning_task"], board) for board in boards)]
+    assert both and all(row["answer"] in boards for row in rows)
+    other = boards - {both[0]["answer"]}
+    columns = {column: [both[0][column]] for column in ("answer", "reasoning_task")}
+    assert accuracy([f"\\boxed{{{other.pop()}}}"], **columns) == [1.0]
+    assert accuracy(["\\boxed{_ _ Q _}"], **columns) == [0.0]
     # 0.01 for a wrong number is no success.
     (row,) = reasoning.make_rows("reasoning_gym:gsm_symbolic", 1, 0, None, "train")
     assert is_solved(row["reasoning_task"], str(int(row["answer"]) + 1)) is False
