@@ -15,6 +15,7 @@ COMMANDS = {
     "plan": "say what memory a recipe takes on given GPUs, and whether it fits",
     "serve": "start a vLLM server for rollouts",
     "score": "score the episodes of given completions, without training",
+    "data": "list, show and prepare data sets, and write them in verl's layout",
     "env": "print versions and what runs on this machine",
 }
 

@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 
 from l2t_trl.data.checks import check_rows
-from l2t_trl.data.loading import gsm8k_answer, load_rows, read_rows
+from l2t_trl.data.loading import load_rows, read_rows
+from l2t_trl.data.registry import gsm8k_answer
 from l2t_trl.errors import UserError
 from l2t_trl.scripts.train import L2TScriptArguments
 

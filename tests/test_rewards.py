@@ -26,6 +26,12 @@ CASES = [
     ("\\boxed{}", "42", 0.0),
     ("\\boxed 42", "42", 0.0),
     ("", "42", 0.0),
+    # verl's and GSM8K's mark, where nothing is boxed.
+    ("<think>x</think> so\n#### 42", "42", 1.0),
+    ("#### 41\n#### 42 ", "42", 1.0),
+    ("#### 42\n#### 41", "42", 0.0),
+    ("<think>#### 42</think> so it is", "42", 0.0),
+    ("\\boxed{41}\n#### 42", "42", 0.0),
     # Numbers.
     ("\\boxed{0.5}", "1/2", 1.0),
     ("\\boxed{\\frac{1}{2}}", "0.5", 1.0),
@@ -82,13 +88,31 @@ def test_accuracy_is_the_same_off_the_main_thread():
     assert results == list(rewards)
 
 
-def test_gold_that_nothing_understands_gives_none(monkeypatch):
-    import math_verify
-
+def test_gold_that_nothing_understands_gives_none():
     assert accuracy(["\\boxed{5}", "no box"], ["", " "]) == [None, None]
-    # What math-verify returns when its time is up.
-    monkeypatch.setattr(math_verify, "parse", lambda *args, **kwargs: [])
-    assert accuracy(["\\boxed{5}", "\\boxed{x^y}"], ["x^y", "x^y"]) == [None, 1.0]
+    # math-verify reads nothing in an empty text; the same LaTeX still meets it.
+    assert accuracy(["\\boxed{5}", "\\boxed{\\text{}}", "no box"], ["\\text{}"] * 3) == [None, 1.0, 0.0]
+
+
+def test_accuracy_takes_all_accepted_answers():
+    golds, several = ["080", "7"], [["080", "081"], None]
+    assert accuracy(["\\boxed{81}", "\\boxed{81}"], golds, accepted_answers=several) == [1.0, 0.0]
+    assert accuracy(["\\boxed{080}", "\\boxed{7}"], golds, accepted_answers=several) == [1.0, 1.0]
+    assert accuracy(["\\boxed{82}"], golds[:1], accepted_answers=several[:1]) == [0.0]
+
+
+def test_accuracy_reports_what_took_too_long(monkeypatch):
+    from l2t_trl import answer_pool
+
+    pool = answer_pool.AnswerPool(1, time_limit_s=3)
+    monkeypatch.setattr(answer_pool, "_shared", pool)
+    logged = []
+    assert accuracy(["\\boxed{2}"], ["2"], log_metric=lambda *pair: logged.append(pair)) == [1.0]
+    assert logged == []
+    hanging = "\\boxed{9^{9^{9^{9}}}}"
+    assert accuracy([hanging], ["7^{8^{9}}"], log_metric=lambda *pair: logged.append(pair)) == [0.0]
+    assert logged == [("answers/timed_out", 1)]
+    pool.close()
 
 
 @pytest.mark.parametrize(

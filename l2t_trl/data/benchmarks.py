@@ -1,12 +1,16 @@
 """The benchmarks that models are evaluated on, by name."""
 
 import difflib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from l2t_trl.data.registry import ACCEPTED, SOURCES
 from l2t_trl.errors import UserError
 
+
+logger = logging.getLogger(__name__)
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -20,7 +24,7 @@ class Benchmark:
         name (`str`): as users write it.
         num_rows (`int`): number of questions.
         load (`Callable[[], Sequence[dict]]`): reads the rows, from the Hub or `L2T_DATA_ROOT`, each with `id` (text),
-            `question`, `answer` (text, `None` for code) and, where the benchmark has tiers, `tier`.
+            `question`, `answer` (text, `None` for code) and, where there are any, `accepted_answers` and `tier`.
         judge (`Callable[[str, dict], bool | None]`): whether a completion of a row is right; `None` if it cannot be told.
         instruction (`str`): text appended to every question behind a line break.
     """
@@ -32,38 +36,36 @@ class Benchmark:
     instruction: str = BOXED_INSTRUCTION
 
 
-def _load(hub_id: str, config: str | None, split: str) -> Callable[[], list[dict[str, Any]]]:
+def _load(name: str) -> Callable[[], list[dict[str, Any]]]:
     def load() -> list[dict[str, Any]]:
-        from l2t_trl.data.loading import SOURCES, read_rows
+        from l2t_trl.data.resolving import resolve_split
 
-        rows = read_rows(hub_id, config, split)
-        if rows is None:
-            raise UserError(f"{hub_id} has no split {split!r}.")
-        source = SOURCES[hub_id]
-        return [
-            {"id": str(index), "question": row[source.question], "answer": source.extract(str(row[source.answer]))}
-            for index, row in enumerate(rows)
-        ]
+        loaded = resolve_split(SOURCES[name], "test")
+        for note in loaded.notes:
+            logger.warning("%s: %s", name, note)
+        return loaded.rows
 
     return load
 
 
 def judge_answer(text: str, row: dict[str, Any]) -> bool | None:
     """Whether the final answer of a completion is the gold answer of its row."""
-    from l2t_trl.rewards import accuracy
+    from l2t_trl.answers import judge_texts
 
-    (verdict,) = accuracy([text], [row["answer"]])
-    return None if verdict is None else verdict == 1.0
+    (verdict,) = judge_texts([text], [row.get(ACCEPTED) or row["answer"] or ""], [row.get("reasoning_task")])
+    return verdict
 
 
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("aime24", 30, _load("HuggingFaceH4/aime_2024", None, "train"), judge_answer),
-        Benchmark("amc23", 40, _load("math-ai/amc23", None, "test"), judge_answer),
-        Benchmark("math500", 500, _load("HuggingFaceH4/MATH-500", None, "test"), judge_answer),
-        Benchmark("minerva", 272, _load("math-ai/minervamath", None, "test"), judge_answer),
-        Benchmark("gsm8k", 1319, _load("openai/gsm8k", "main", "test"), judge_answer),
+        Benchmark("aime24", 30, _load("aime24"), judge_answer),
+        Benchmark("aime25", 30, _load("aime25"), judge_answer),
+        Benchmark("amc23", 40, _load("amc23"), judge_answer),
+        Benchmark("math500", 500, _load("math500"), judge_answer),
+        Benchmark("minerva", 272, _load("minerva"), judge_answer),
+        Benchmark("omni-math", 4428, _load("omni-math"), judge_answer),
+        Benchmark("gsm8k", 1319, _load("gsm8k"), judge_answer),
     )
 }
 

@@ -2,51 +2,39 @@
 
 import csv
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from l2t_trl.data.checks import check_rows
+from l2t_trl.data.registry import (
+    ACCEPTED,
+    ARITHMETIC,
+    BY_HUB_ID,
+    SOURCES,
+    is_generated,
+    plain_gold,
+    unknown_name,
+)
+from l2t_trl.data.verl import from_verl, is_verl
 from l2t_trl.errors import UserError
+
+
+logger = logging.getLogger(__name__)
 
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 QUESTION_COLUMNS = ("question", "problem", "prompt", "Question", "Problem")
-ARITHMETIC = "arithmetic"
-ARITHMETIC_TRAIN_SIZE = 2048
-ARITHMETIC_TEST_SIZE = 200
+GENERATED_TRAIN_SIZE = 2048
+GENERATED_TEST_SIZE = 200
 # Test rows are drawn with this seed, so that runs with different seeds are measured on the same questions.
 TEST_SEED = 0
 
 
-class Source(NamedTuple):
-    """Where a known data set of the Hub keeps its question and its answer."""
-
-    question: str
-    answer: str
-    config: str | None = None
-    extract: Callable[[str], str | None] = str
-
-
-def gsm8k_answer(solution: str) -> str | None:
-    """Return the number behind the last `####` of a GSM8K solution without thousands commas, or `None` without one."""
-    _, mark, answer = solution.rpartition("####")
-    return answer.strip().replace(",", "") if mark else None
-
-
-SOURCES = {
-    "openai/gsm8k": Source("question", "answer", config="main", extract=gsm8k_answer),
-    "HuggingFaceH4/MATH-500": Source("problem", "answer"),
-    "HuggingFaceH4/aime_2024": Source("problem", "answer"),
-    "math-ai/amc23": Source("question", "answer"),
-    "math-ai/minervamath": Source("question", "answer"),
-    "di-zhang-fdu/AIME_1983_2024": Source("Question", "Answer"),
-}
-
-
-def load_rows(script_args, training_args, tokenizer):
+def load_rows(script_args, training_args, tokenizer, say: Callable[[str], None] = logger.info):
     """
     Load the rows to train and to evaluate on, and check them.
 
@@ -57,6 +45,8 @@ def load_rows(script_args, training_args, tokenizer):
             `seed`, `answer_column`, `max_prompt_length` and `on_bad_row`.
         tokenizer (`transformers.PreTrainedTokenizerBase`):
             Without a chat template the prompts are plain texts.
+        say (`Callable[[str], None]`, *optional*):
+            Told which rows of a known data set were left out, and why.
 
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset | None]`: training and test rows with the columns `prompt`, `answer`
@@ -65,39 +55,106 @@ def load_rows(script_args, training_args, tokenizer):
     Raises:
         UserError: if the data cannot be had or cannot be used.
     """
-    if script_args.dataset_name == ARITHMETIC:
-        train = _arithmetic(script_args, training_args, "train")
+    train_name, train_split = script_args.dataset_name, script_args.dataset_train_split
+    if is_generated(train_name):
+        train = generate_rows(train_name, "train", script_args.train_size, training_args.seed, script_args.tiers)
     else:
-        train = read_rows(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
+        train = read_split(train_name, script_args.dataset_config, train_split, say)
         if train is None:
-            raise UserError(f"Data set {script_args.dataset_name} has no split {script_args.dataset_train_split!r}.")
+            raise UserError(no_split(train_name, train_split))
 
-    test_name = script_args.test_dataset_name or script_args.dataset_name
-    is_same = test_name == script_args.dataset_name
-    if test_name == ARITHMETIC:
-        test = _arithmetic(script_args, training_args, "test")
+    test_name, test_split = script_args.test_dataset_name or train_name, script_args.dataset_test_split
+    is_same = test_name == train_name
+    if is_generated(test_name):
+        test = generate_rows(test_name, "test", script_args.test_size, TEST_SEED, script_args.tiers)
     else:
         config = script_args.dataset_config if is_same else None
-        test = read_rows(test_name, config, script_args.dataset_test_split)
+        test = read_split(test_name, config, test_split, say)
         if test is None and not is_same:
-            raise UserError(f"Data set {test_name} has no split {script_args.dataset_test_split!r}.")
+            raise UserError(no_split(test_name, test_split))
         if test is None and script_args.test_size is not None:
             train, test = _hold_out(train, script_args.test_size)
 
-    train = to_dataset(train, script_args.dataset_name, script_args, training_args, tokenizer)
-    train = _check(train, script_args.dataset_name, tokenizer, training_args)
-    if script_args.dataset_name != ARITHMETIC and script_args.train_size is not None:
+    if script_args.tiers:
+        train = _of_tiers(train, script_args.tiers, train_name)
+        if test is not None and any("tier" in row for row in test):
+            test = _of_tiers(test, script_args.tiers, test_name)
+    train = to_dataset(train, train_name, script_args, training_args, tokenizer)
+    train = _check(train, train_name, tokenizer, training_args)
+    if not is_generated(train_name) and script_args.train_size is not None:
         train = train.shuffle(seed=training_args.seed).select(range(min(script_args.train_size, len(train))))
     if test is None:
         return train, None
     test = to_dataset(test, test_name, script_args, training_args, tokenizer)
     test = _check(test, test_name, tokenizer, training_args)
-    if test_name != ARITHMETIC and script_args.test_size is not None:
+    if not is_generated(test_name) and script_args.test_size is not None:
         test = test.shuffle(seed=TEST_SEED).select(range(min(script_args.test_size, len(test))))
     return train, test
 
 
-def read_rows(name: str, config: str | None, split: str) -> Sequence[dict[str, Any]] | None:
+def generate_rows(
+    name: str, split: str, size: int | None, seed: int, tiers: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """
+    Make the rows of the arithmetic world or of a reasoning-gym task.
+
+    Args:
+        name (`str`):
+            `"arithmetic"` or `"reasoning_gym:NAME"`.
+        split (`str`):
+            `"train"` or `"test"`.
+        size (`int`, *optional*):
+            Number of rows; by default 2,048 to train on and 200 to test on.
+        seed (`int`):
+            Equal seeds give equal rows.
+        tiers (`Sequence[int]`, *optional*):
+            Difficulty tiers; by default all.
+
+    Returns:
+        `list[dict[str, Any]]`: rows with `question` (or `prompt`), `answer` and, where there are tiers, `tier`.
+    """
+    size = size or (GENERATED_TRAIN_SIZE if split == "train" else GENERATED_TEST_SIZE)
+    if name == ARITHMETIC:
+        from l2t_trl.data.arithmetic import make_dataset
+
+        return make_dataset(size, seed, tuple(tiers) if tiers else (1, 2, 3, 4), split).to_list()
+    from l2t_trl.data.reasoning import make_rows
+
+    return make_rows(name, size, seed, tiers, split)
+
+
+def read_split(
+    name: str, config: str | None, split: str, say: Callable[[str], None] = logger.info
+) -> Sequence[dict[str, Any]] | None:
+    """
+    Read one split of a data set that is known by name, or else of a path or of the Hub as in [`read_rows`].
+
+    Args:
+        name (`str`):
+            Name in [`l2t_trl.data.registry.SOURCES`], path or Hub id. A name comes before a path of the same text.
+        config (`str`, *optional*):
+            Configuration of a Hub data set.
+        split (`str`):
+            Name of the split.
+        say (`Callable[[str], None]`, *optional*):
+            Told which rows of a known data set were left out, and why.
+
+    Returns:
+        `Sequence[dict[str, Any]]`: the rows, or `None` if there is no such split.
+    """
+    if name in SOURCES:
+        from l2t_trl.data.resolving import resolve_split
+
+        loaded = resolve_split(SOURCES[name], split, config)
+        if loaded is None:
+            return None
+        for note in loaded.notes:
+            say(f"{name}: {note}")
+        return loaded.rows
+    return read_rows(name, config, split)
+
+
+def read_rows(name: str, config: str | None, split: str, is_lazy: bool = False) -> Sequence[dict[str, Any]] | None:
     """
     Read one split of a data set.
 
@@ -110,6 +167,8 @@ def read_rows(name: str, config: str | None, split: str) -> Sequence[dict[str, A
             Configuration of a Hub data set.
         split (`str`):
             Name of the split.
+        is_lazy (`bool`, *optional*, defaults to `False`):
+            Whether rows of the Hub may stay on disk until they are asked for: a few of very many are wanted.
 
     Returns:
         `Sequence[dict[str, Any]]`: the rows, or `None` if there is no such split.
@@ -125,14 +184,27 @@ def read_rows(name: str, config: str | None, split: str) -> Sequence[dict[str, A
     if path.suffix in FILE_TYPES or name.startswith(("/", "./", "../", "~")):
         raise UserError(f"dataset_name {name}: no such file.")
 
-    config = config or (SOURCES[name].config if name in SOURCES else None)
+    config = config or (BY_HUB_ID[name].config if name in BY_HUB_ID else None)
     root = os.environ.get("L2T_DATA_ROOT")
     if root:
         folder = Path(root, name, config or "")
         if not folder.is_dir():
+            if "/" not in name:
+                raise unknown_name(name)
             raise UserError(f"L2T_DATA_ROOT is set to {root}, but there is no folder {folder}.")
         return _read_folder(folder, split)
-    return _read_from_hub(name, config, split)
+    try:
+        rows = _read_from_hub(name, config, split)
+    except UserError as error:
+        # A few old data sets of the Hub have no owner; far more often it is a slip of the pen.
+        raise (error if "/" in name else unknown_name(name)) from error
+    return rows if rows is None or is_lazy else rows.to_list()
+
+
+def no_split(name: str, split: str) -> str:
+    """Return what to say of a data set without the split that is wanted."""
+    there_are = f"; it has {', '.join(SOURCES[name].splits)}" if name in SOURCES else ""
+    return f"Data set {name} has no split {split!r}{there_are}."
 
 
 def read_file(path: Path) -> Sequence[dict[str, Any]]:
@@ -174,7 +246,7 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
         rows (`Sequence[dict[str, Any]]`):
             Rows as read.
         name (`str`):
-            Name of the data set; those in `SOURCES` are known.
+            Name of the data set; the columns of known Hub ids are known, and so is verl's layout.
         script_args, training_args, tokenizer:
             As in [`load_rows`].
 
@@ -189,14 +261,13 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     if len(rows) == 0:
         raise UserError(f"{name}: the data set has no rows.")
     names = list(dict.fromkeys(key for row in rows for key in row))
-    source = SOURCES.get(name)
-    question_column = script_args.question_column or (source.question if source else None)
-    if question_column is None:
-        question_column = next((column for column in QUESTION_COLUMNS if column in names), "question")
-    answer_column = training_args.answer_column
-    extract = str
-    if source is not None and answer_column == "answer":
-        answer_column, extract = source.answer, source.extract
+    names_columns = script_args.question_column is not None or training_args.answer_column != "answer"
+    if is_verl(rows) and not names_columns:
+        rows = [from_verl(row) for row in rows]
+        names = list(dict.fromkeys(key for row in rows for key in row))
+    question_column, answer_column, golds = find_columns(
+        name, names, script_args.question_column, training_args.answer_column
+    )
     # Neither continuations nor rewards of the user's own need gold answers; evaluations do.
     if script_args.method == "l2t":
         needs_answers = training_args.correctness_estimator != "rollout"
@@ -205,12 +276,19 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     needs_answers = needs_answers or script_args.eval_before_after
     for setting, column in (("question_column", question_column), ("answer_column", answer_column)):
         if column not in names and (setting == "question_column" or needs_answers):
-            raise UserError(f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.")
+            raise UserError(no_column(name, column, setting, names))
 
     is_chat = tokenizer.chat_template is not None
-    columns = {"prompt": [_prompt(row.get(question_column), script_args, is_chat) for row in rows]}
+    columns = {"prompt": [make_prompt(row.get(question_column), script_args, is_chat) for row in rows]}
     if answer_column in names:
-        columns["answer"] = [_answer(row.get(answer_column), extract) for row in rows]
+        answers = [golds(row.get(answer_column)) for row in rows]
+        columns["answer"] = [answer[0] if isinstance(answer, list) else answer for answer in answers]
+        accepted = [
+            answer if isinstance(answer, list) else row.get(ACCEPTED)
+            for answer, row in zip(answers, rows, strict=True)
+        ]
+        if any(isinstance(several, list) for several in accepted):
+            columns[ACCEPTED] = accepted
         # The trainer looks for its answers under the configured name.
         columns.setdefault(training_args.answer_column, columns["answer"])
     for column in names:
@@ -225,7 +303,36 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     return Dataset.from_dict(columns)
 
 
-def _prompt(question: Any, script_args, is_chat: bool) -> str | list[dict[str, str]]:
+def no_column(name: str, column: str, setting: str, names: Sequence[str]) -> str:
+    """Return what to say of a data set without a column that is wanted."""
+    hint = " Nor is it in verl's layout (prompt, and reward_model with ground_truth)." if ".parquet" in name else ""
+    return f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.{hint}"
+
+
+def find_columns(
+    name: str, names: Sequence[str], question_column: str | None, answer_column: str
+) -> tuple[str, str, Callable[[Any], str | list[str] | None]]:
+    """
+    Return the columns of question and gold answer, and how to take the gold, or several, out of the latter.
+
+    Args:
+        name (`str`): name of the data set; known Hub ids have columns of their own.
+        names (`Sequence[str]`): columns that there are.
+        question_column (`str`, *optional*): column that the user chose; by default the first usual one.
+        answer_column (`str`): likewise; `"answer"` leaves a known data set's own.
+    """
+    source = BY_HUB_ID.get(name)
+    if question_column is None and source is not None:
+        question_column = source.question
+    if question_column is None:
+        question_column = next((column for column in QUESTION_COLUMNS if column in names), "question")
+    if source is not None and answer_column == "answer":
+        return question_column, source.answer, source.golds
+    return question_column, answer_column, plain_gold
+
+
+def make_prompt(question: Any, script_args, is_chat: bool) -> str | list[dict[str, str]]:
+    """Return a question as a prompt, with `script_args`' `instruction` and `system_prompt` where there are any."""
     if isinstance(question, list):
         messages = [dict(message) for message in question]
         if script_args.instruction and messages and messages[-1].get("content"):
@@ -245,29 +352,6 @@ def _prompt(question: Any, script_args, is_chat: bool) -> str | list[dict[str, s
     return text
 
 
-def _answer(value: Any, extract: Callable[[str], str | None]) -> str | None:
-    if value is None or isinstance(value, bool):
-        return None
-    # AMC's answers are whole numbers kept as 27.0.
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    answer = extract(str(value))
-    return None if answer is None else answer.strip()
-
-
-def _arithmetic(script_args, training_args, split: str) -> Sequence[dict[str, Any]]:
-    from l2t_trl.data.arithmetic import make_dataset
-
-    is_train = split == "train"
-    size = script_args.train_size if is_train else script_args.test_size
-    return make_dataset(
-        size=size or (ARITHMETIC_TRAIN_SIZE if is_train else ARITHMETIC_TEST_SIZE),
-        seed=training_args.seed if is_train else TEST_SEED,
-        tiers=tuple(script_args.tiers) if script_args.tiers else (1, 2, 3, 4),
-        split=split,
-    ).to_list()
-
-
 def _hold_out(rows: Sequence[dict[str, Any]], size: int) -> tuple[list, list]:
     """Split `size` rows off, the same ones for every seed."""
     if size >= len(rows):
@@ -276,6 +360,14 @@ def _hold_out(rows: Sequence[dict[str, Any]], size: int) -> tuple[list, list]:
     held_out = set(order[:size])
     train = [row for index, row in enumerate(rows) if index not in held_out]
     return train, [rows[index] for index in sorted(held_out)]
+
+
+def _of_tiers(rows: Sequence[dict[str, Any]], tiers: Sequence[int], name: str) -> list[dict[str, Any]]:
+    kept = [row for row in rows if row.get("tier") in tiers]
+    if not kept:
+        has = sorted({row["tier"] for row in rows if row.get("tier") is not None})
+        raise UserError(f"{name}: no row is of the tiers {list(tiers)}; it has {has or 'no tiers'}.")
+    return kept
 
 
 def _read_folder(folder: Path, split: str) -> Sequence[dict[str, Any]] | None:
@@ -288,14 +380,15 @@ def _read_folder(folder: Path, split: str) -> Sequence[dict[str, Any]] | None:
     return None
 
 
-def _read_from_hub(name: str, config: str | None, split: str) -> Sequence[dict[str, Any]] | None:
+def _read_from_hub(name: str, config: str | None, split: str):
+    """Return the split as a `datasets.Dataset`, or `None` if there is no such split."""
     from datasets import get_dataset_split_names, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
         if split not in get_dataset_split_names(name, config):
             return None
-        return load_dataset(name, config, split=split).to_list()
+        return load_dataset(name, config, split=split)
     except (DatasetNotFoundError, ValueError) as error:
         raise UserError(f"dataset_name {name}: {error}") from error
     except OSError as error:

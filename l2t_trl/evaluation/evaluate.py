@@ -243,9 +243,10 @@ def evaluate(
         raise ValueError("The data set to evaluate on is empty.")
     from tqdm.auto import tqdm
 
-    from ..rewards import accuracy
+    from ..rewards import ANSWER_COLUMNS, accuracy
 
-    prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
+    prompts = list(dataset["prompt"])
+    answers = {name: list(dataset[name]) for name in ANSWER_COLUMNS if name in dataset.column_names}
     tiers = list(dataset["tier"]) if "tier" in dataset.column_names else [None] * len(prompts)
     prompt_ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
     # Longest first: batches hold prompts of like length, and what does not fit in memory fails at once.
@@ -265,7 +266,7 @@ def evaluate(
             is_chat = not isinstance(prompts[questions[0]], str)
             verdicts = accuracy(
                 completions=[[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts,
-                answer=[answers[question] for question in questions],
+                **{name: [values[question] for question in questions] for name, values in answers.items()},
             )
             for question, ids, text, verdict in zip(questions, completion_ids, texts, verdicts, strict=True):
                 judged.append(

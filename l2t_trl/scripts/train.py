@@ -20,8 +20,9 @@ class L2TScriptArguments:
         method (`str`, *optional*, defaults to `"l2t"`):
             `"l2t"`, or `"grpo"` for the control: TRL's own GRPOTrainer with the same settings, data and rewards.
         dataset_name (`str`, *optional*, defaults to `"arithmetic"`):
-            Hub id, path of a .jsonl, .json, .csv or .parquet file, folder with one such file per split, or
-            `"arithmetic"` for the built-in world of column additions.
+            Name of a known data set (`l2t data list`), such as `"arithmetic"`, the built-in world of column additions;
+            Hub id; path of a .jsonl, .json, .csv or .parquet file, verl's included; or folder with one such file per
+            split.
         dataset_config (`str`, *optional*):
             Configuration of a Hub data set.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
@@ -37,7 +38,7 @@ class L2TScriptArguments:
         question_column (`str`, *optional*):
             Column with the question; found among question, problem and prompt if unset.
         tiers (`list[int]`, *optional*):
-            Difficulty tiers of the arithmetic world, 1 to 4; by default all.
+            Difficulty tiers, 1 to 4, of data sets that have them; by default all.
         system_prompt (`str`, *optional*):
             System message in front of every question.
         instruction (`str`, *optional*):
@@ -60,7 +61,9 @@ class L2TScriptArguments:
     )
     dataset_name: str = field(
         default="arithmetic",
-        metadata={"help": "Hub id, .jsonl/.json/.csv/.parquet file, folder of such files, or 'arithmetic'."},
+        metadata={
+            "help": "Known name (l2t data list), Hub id, .jsonl/.json/.csv/.parquet file, or folder of such files."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -82,7 +85,7 @@ class L2TScriptArguments:
         default=None, metadata={"help": "Column with the question (default: question, problem or prompt)."}
     )
     tiers: list[int] | None = field(
-        default=None, metadata={"help": "Difficulty tiers of the arithmetic world, 1 to 4 (default: all)."}
+        default=None, metadata={"help": "Difficulty tiers, 1 to 4, of data sets that have them (default: all)."}
     )
     system_prompt: str | None = field(default=None, metadata={"help": "System message in front of every question."})
     instruction: str | None = field(
@@ -280,7 +283,7 @@ def main(script_args, training_args, model_args):
     reward_funcs = get_reward_funcs(script_args.reward_funcs)
     model_path = resolve_model(model_args.model_name_or_path, say=say)
     tokenizer = load_tokenizer(model_path, revision=model_args.model_revision)
-    train_rows, test_rows = load_rows(script_args, training_args, tokenizer)
+    train_rows, test_rows = load_rows(script_args, training_args, tokenizer, say)
     num_test_rows = 0 if test_rows is None else len(test_rows)
     say(f"Data: {script_args.dataset_name}, {len(train_rows)} rows to train on, {num_test_rows} to evaluate on.")
 
