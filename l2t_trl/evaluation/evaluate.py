@@ -6,15 +6,16 @@ torch is imported where a model is sampled, so that reports are written, and the
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from .sampling import check_sampling, end_ids_of, evaluation_mode, generation_config, sample, tokenize
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Quantile of the standard normal distribution for a 95 % interval.
@@ -235,10 +236,7 @@ def evaluate(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_samples", num_samples)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or larger, got {value}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number, 0 (greedy) or larger, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
+    check_sampling(temperature, top_p)
     if len(dataset) == 0:
         raise ValueError("The data set to evaluate on is empty.")
     from tqdm.auto import tqdm
@@ -247,20 +245,20 @@ def evaluate(
 
     prompts, answers = list(dataset["prompt"]), list(dataset["answer"])
     tiers = list(dataset["tier"]) if "tier" in dataset.column_names else [None] * len(prompts)
-    prompt_ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [tokenize(tokenizer, prompt) for prompt in prompts]
     # Longest first: batches hold prompts of like length, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda question: -len(prompt_ids[question]))
     order = [question for question in order for _ in range(num_samples)]
-    end_ids = _end_ids(model, tokenizer)
-    how = _generation_config(model, tokenizer, end_ids, max_new_tokens, temperature, top_p)
+    end_ids = end_ids_of(model, tokenizer)
+    how = generation_config(model, tokenizer, end_ids, max_new_tokens, temperature, top_p)
     judged: list[EvaluatedCompletion] = []
     with (
-        _evaluation_mode(model, seed),
+        evaluation_mode(model, seed),
         tqdm(total=len(order), desc=description, unit="completion", dynamic_ncols=True) as bar,
     ):
         for start in range(0, len(order), batch_size):
             questions = order[start : start + batch_size]
-            completion_ids = _sample(model, [prompt_ids[question] for question in questions], how, end_ids)
+            completion_ids = sample(model, [prompt_ids[question] for question in questions], how, end_ids)
             texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
             is_chat = not isinstance(prompts[questions[0]], str)
             verdicts = accuracy(
@@ -288,87 +286,3 @@ def evaluate(
     # `sorted` is stable, so the samples of a question keep the order they were drawn in.
     judged.sort(key=lambda one: one.question)
     return Evaluation(judged, max_new_tokens, temperature, top_p, num_samples, seed)
-
-
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict[str, str]]) -> list[int]:
-    """Return a prompt's ids, as TRL's trainers make them."""
-    if isinstance(prompt, str):
-        return tokenizer(text=prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-
-
-def _end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids that end a completion: the tokenizer's, and those that the model names besides."""
-    ids = model.generation_config.eos_token_id
-    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
-def _generation_config(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    end_ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> "GenerationConfig":
-    from transformers import GenerationConfig
-
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids[0] if end_ids else 0)
-    how = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    # What is not named here would come from the model's own settings, such as the repetition penalty of Qwen2.5.
-    return GenerationConfig(
-        **how,
-        max_new_tokens=max_new_tokens,
-        top_k=0,
-        # Set, it costs a sort of the vocabulary per token; so only against a model that sets it.
-        min_p=None if model.generation_config.min_p is None else 0.0,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        num_beams=1,
-        num_return_sequences=1,
-        use_cache=True,
-        eos_token_id=end_ids or None,
-        pad_token_id=pad_id,
-        disable_compile=True,
-    )
-
-
-@contextmanager
-def _evaluation_mode(model: "PreTrainedModel", seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients and seeded random numbers inside; everything as before outside."""
-    import torch
-
-    # Modules may differ in mode (a frozen dropout, say), so each gets its own back.
-    modes = {module: module.training for module in model.modules()}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, is_training in modes.items():
-                module.training = is_training
-
-
-def _sample(
-    model: "PreTrainedModel", prompt_ids: list[list[int]], how: "GenerationConfig", end_ids: list[int]
-) -> list[list[int]]:
-    """Return one completion per prompt, the token that ends it included, padding left out."""
-    import torch
-
-    width = max(len(ids) for ids in prompt_ids)
-    input_ids = torch.tensor([[how.pad_token_id] * (width - len(ids)) + ids for ids in prompt_ids])
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
-    output = model.generate(
-        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how
-    )
-    completions = []
-    for ids in output[:, width:].tolist():
-        end = next((i for i, token in enumerate(ids) if token in end_ids), None)
-        completions.append(ids if end is None else ids[: end + 1])
-    return completions
