@@ -112,6 +112,12 @@ def final_answer(text: str) -> str | None:
     return None
 
 
+def answer_key(answer: str) -> str:
+    """Return a text that answers share which are equal at a glance: white space and whole numbers' notation aside."""
+    number = _whole_number(answer)
+    return _normalise(answer) if number is None else str(number)
+
+
 def _is_correct(text: str, gold: str) -> float | None:
     gold = str(gold).strip()
     if not gold:

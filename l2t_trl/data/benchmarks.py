@@ -10,6 +10,8 @@ from l2t_trl.errors import UserError
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
+ARITHMETIC_ROWS = 300
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -48,6 +50,17 @@ def _load(hub_id: str, config: str | None, split: str) -> Callable[[], list[dict
     return load
 
 
+def load_arithmetic() -> list[dict[str, Any]]:
+    """Return held-out questions of the arithmetic world, those that the tiny recipe is measured on."""
+    from l2t_trl.data.arithmetic import make_dataset
+    from l2t_trl.data.loading import TEST_SEED
+
+    return [
+        {"id": str(index), "question": row["prompt"][0]["content"], "answer": row["answer"], "tier": row["tier"]}
+        for index, row in enumerate(make_dataset(ARITHMETIC_ROWS, TEST_SEED, split="test"))
+    ]
+
+
 def judge_answer(text: str, row: dict[str, Any]) -> bool | None:
     """Whether the final answer of a completion is the gold answer of its row."""
     from l2t_trl.rewards import accuracy
@@ -64,6 +77,7 @@ BENCHMARKS = {
         Benchmark("math500", 500, _load("HuggingFaceH4/MATH-500", None, "test"), judge_answer),
         Benchmark("minerva", 272, _load("math-ai/minervamath", None, "test"), judge_answer),
         Benchmark("gsm8k", 1319, _load("openai/gsm8k", "main", "test"), judge_answer),
+        Benchmark("arithmetic", ARITHMETIC_ROWS, load_arithmetic, judge_answer, instruction=""),
     )
 }
 

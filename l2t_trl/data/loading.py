@@ -204,7 +204,7 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
             raise UserError(f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.")
 
     is_chat = tokenizer.chat_template is not None
-    columns = {"prompt": [_prompt(row.get(question_column), script_args, is_chat) for row in rows]}
+    columns = {"prompt": [make_prompt(row.get(question_column), script_args, is_chat) for row in rows]}
     if answer_column in names:
         columns["answer"] = [_answer(row.get(answer_column), extract) for row in rows]
         # The trainer looks for its answers under the configured name.
@@ -221,7 +221,8 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     return Dataset.from_dict(columns)
 
 
-def _prompt(question: Any, script_args, is_chat: bool) -> str | list[dict[str, str]]:
+def make_prompt(question: Any, script_args, is_chat: bool) -> str | list[dict[str, str]]:
+    """Return a question as a prompt, with `script_args`' `instruction` and `system_prompt` where there are any."""
     if isinstance(question, list):
         messages = [dict(message) for message in question]
         if script_args.instruction and messages and messages[-1].get("content"):

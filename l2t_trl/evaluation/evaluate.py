@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..rewards import final_answer
 from .sampling import check_sampling, end_ids_of, evaluation_mode, generation_config, sample, tokenize
+from .voting import majority_at_k, pass_at_k, vote_of
 
 
 if TYPE_CHECKING:
@@ -120,6 +122,28 @@ class Evaluation:
         """Share of completions cut off at the longest allowed length."""
         return statistics.fmean(one.is_truncated for one in self.completions)
 
+    def pass_at(self, k: int) -> float | None:
+        """
+        Mean over the questions of the chance that one of k samples at least is correct; `None` without such questions.
+
+        Questions with fewer than k samples that can be judged are left out.
+        """
+        groups = self._samples(k)
+        return (
+            statistics.fmean(pass_at_k(len(group), sum(one.is_correct for one in group), k) for group in groups)
+            if groups
+            else None
+        )
+
+    def majority_at(self, k: int) -> float | None:
+        r"""
+        Mean over the questions of the chance that the `\boxed{}` answer of most of k samples is correct, likewise.
+
+        Among equally frequent answers one is drawn; completions without an answer do not vote.
+        """
+        votes = [[vote_of(final_answer(one.text), one.is_correct) for one in group] for group in self._samples(k)]
+        return statistics.fmean(majority_at_k(group, k) for group in votes) if votes else None
+
     def accuracy_at_budget(self, budgets: Sequence[int]) -> list[float | None]:
         """
         Return for every token budget the share of completions that are correct and ended within it.
@@ -149,8 +173,8 @@ class Evaluation:
 
     def to_dict(self, with_completions: bool = False) -> dict[str, Any]:
         """Return the numbers, and on request the completions, as JSON can hold them; what is undefined is `None`."""
-        summary = self._summary() | {
-            "tiers": {str(tier): evaluation._summary() for tier, evaluation in self.tiers().items()},
+        summary = self.summary() | {
+            "tiers": {str(tier): evaluation.summary() for tier, evaluation in self.tiers().items()},
             "sampling": {
                 "max_new_tokens": self.max_new_tokens,
                 "temperature": self.temperature,
@@ -161,7 +185,8 @@ class Evaluation:
         }
         return summary | {"completions": [asdict(one) for one in self.completions]} if with_completions else summary
 
-    def _summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers of all completions together, tiers and sampling left out."""
         return {
             "num_questions": len({one.question for one in self.completions}),
             "num_completions": len(self.completions),
@@ -173,6 +198,13 @@ class Evaluation:
             "tokens_per_correct": self.tokens_per_correct,
             "truncated_share": self.truncated_share,
         }
+
+    def _samples(self, k: int) -> list[list[EvaluatedCompletion]]:
+        """Return the judged completions of every question that has k at least."""
+        groups: dict[int, list[EvaluatedCompletion]] = {}
+        for one in self._judged():
+            groups.setdefault(one.question, []).append(one)
+        return [group for group in groups.values() if len(group) >= k]
 
     def _judged(self) -> list[EvaluatedCompletion]:
         return [one for one in self.completions if one.is_correct is not None]
@@ -249,7 +281,7 @@ def evaluate(
     # Longest first: batches hold prompts of like length, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda question: -len(prompt_ids[question]))
     order = [question for question in order for _ in range(num_samples)]
-    end_ids = end_ids_of(model, tokenizer)
+    end_ids = end_ids_of(model.generation_config, tokenizer)
     how = generation_config(model, tokenizer, end_ids, max_new_tokens, temperature, top_p)
     judged: list[EvaluatedCompletion] = []
     with (

@@ -109,7 +109,7 @@ def write_report(
         "log": list(log_history),
     }
     paths = [output_dir / "metrics.json"]
-    _write_atomically(paths[0], json.dumps(_strict(metrics), indent=1, allow_nan=False) + "\n")
+    write_atomically(paths[0], json.dumps(_strict(metrics), indent=1, allow_nan=False) + "\n")
     curves = output_dir / "plots" / "training.png"
     if plot_training(curves, log_history):
         paths.append(curves)
@@ -353,7 +353,7 @@ def _strict(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
         file.write(text)
     os.chmod(file.name, 0o644)

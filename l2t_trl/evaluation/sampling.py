@@ -33,9 +33,9 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict[str, 
     ]
 
 
-def end_ids_of(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids that end a completion: the tokenizer's, and those that the model names besides."""
-    ids = model.generation_config.eos_token_id
+def end_ids_of(settings: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids that end a completion: the tokenizer's, and those that the model's settings name besides."""
+    ids = settings.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
@@ -50,12 +50,13 @@ def generation_config(
     from transformers import GenerationConfig
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids[0] if end_ids else 0)
-    how = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    how = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     # What is not named here would come from the model's own settings, such as the repetition penalty of Qwen2.5.
     return GenerationConfig(
         **how,
         max_new_tokens=max_new_tokens,
-        top_k=0,
         # Set, it costs a sort of the vocabulary per token; so only against a model that sets it.
         min_p=None if model.generation_config.min_p is None else 0.0,
         typical_p=1.0,
