@@ -13,6 +13,8 @@ from l2t_trl.errors import RolloutError, UserError
 COMMANDS = {
     "train": "train a model with L2T, or with GRPO for comparison",
     "serve": "start a vLLM server for rollouts",
+    "eval": "measure a model on benchmarks",
+    "plot": "draw trainings and evaluations side by side",
     "score": "score the episodes of given completions, without training",
     "env": "print versions and what runs on this machine",
 }

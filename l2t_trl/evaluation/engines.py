@@ -79,11 +79,19 @@ class VllmEngine:
         dtype (`str`): precision that it is loaded in.
         max_length (`int`): longest prompt and completion together, in tokens.
         num_sequences (`int`): most completions at a time.
-        memory_share (`float`): share of the GPU's memory, or most of this machine's, that it may take.
+        memory_share (`float`): share of the GPU's memory that it takes.
+        num_gpus (`int`): GPUs that the model is spread over.
     """
 
     def __init__(
-        self, path: str, tokenizer, dtype: str, max_length: int, num_sequences: int, memory_share: float = 0.8
+        self,
+        path: str,
+        tokenizer,
+        dtype: str,
+        max_length: int,
+        num_sequences: int,
+        memory_share: float = 0.8,
+        num_gpus: int = 1,
     ):
         # The worker runs in this process: no second one to start, and its random numbers are of this one.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -91,7 +99,7 @@ class VllmEngine:
         import torch
         from transformers import AutoConfig, GenerationConfig
 
-        from ..generation.cpu import engine_arguments, leave_threads_alone
+        from ..generation.cpu import CPU_CACHE_SHARE, engine_arguments, leave_threads_alone
 
         self._is_on_cpu = not torch.cuda.is_available()
         if self._is_on_cpu:
@@ -104,12 +112,14 @@ class VllmEngine:
             except OSError:
                 settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
             self.end_ids = end_ids_of(settings, tokenizer)
-            arguments = {"dtype": dtype, "gpu_memory_utilization": memory_share}
+            arguments = {
+                "dtype": dtype,
+                "gpu_memory_utilization": memory_share,
+                "tensor_parallel_size": num_gpus,
+            }
             if self._is_on_cpu:
                 config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
-                arguments = engine_arguments(
-                    config, getattr(torch, dtype), max_length, num_sequences, memory_share / 2
-                )
+                arguments = engine_arguments(config, getattr(torch, dtype), max_length, num_sequences, CPU_CACHE_SHARE)
             from vllm import LLM
 
             with self._quietly():

@@ -7,6 +7,7 @@ from typing import Any
 # By default an engine binds its threads to cores, and with them all else that its process does.
 UNBOUND_THREADS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 BLOCK_SIZE = 128  # tokens of a block of the key-value cache
+CPU_CACHE_SHARE = 0.3  # of the memory, at most, for the cache of an engine that has the machine to itself
 
 
 def cache_bytes(config, length: int, itemsize: int) -> int:

@@ -1,0 +1,5 @@
+"""`l2t plot`."""
+
+
+def add_arguments(parser):
+    """Stub."""
