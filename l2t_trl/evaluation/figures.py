@@ -134,7 +134,8 @@ def plot_training(path: Path, logs: dict[str, Sequence[dict[str, Any]]]) -> bool
 def plot_budgets(path: Path, curves: Sequence[BudgetCurve], title: str = "Accuracy against token budget") -> None:
     """Plot the share of completions that are correct within a token budget (paper Fig. 3)."""
     colours = _colours([curve.label for curve in curves])
-    figure, (axis,) = _figure(1, 1, 6.4, 4.2)
+    # The names stand to the right of the curves.
+    figure, (axis,) = _figure(1, 1, 6.4 + 0.09 * max([0, *(len(curve.label) - 8 for curve in curves)]), 4.2)
     longest = max((curve.budgets[-1] for curve in curves), default=1)
     for curve in curves:
         colour = colours[curve.label]
@@ -151,7 +152,7 @@ def plot_budgets(path: Path, curves: Sequence[BudgetCurve], title: str = "Accura
     _name(
         axis,
         title,
-        "token budget (tokens per completion; marks on the axis: mean length)",
+        "token budget (tokens per completion; marks: mean length)",
         "correct within the budget (%)",
     )
     if any(curve.asked is not None for curve in curves):
@@ -185,8 +186,10 @@ def plot_bars(path: Path, bars: Sequence[Bar]) -> None:
     labels, groups = (list(dict.fromkeys(getattr(bar, name) for bar in bars)) for name in ("label", "group"))
     colours = _colours(labels)
     width = 0.8 / len(labels)
-    size = min(14.0, max(4.2, 1.2 + len(groups) * (0.5 + 0.55 * len(labels))))
-    figure, axes = _figure(1, 2, 2 * size, 3.9)
+    size = min(14.0, max(4.4, 0.8 + len(groups) * (0.4 + 0.5 * len(labels))))
+    # Side by side as long as that is still readable, else one above the other.
+    rows, columns = (1, 2) if size <= 7 else (2, 1)
+    figure, axes = _figure(rows, columns, columns * size, 3.9 * rows)
     for bar in bars:
         place = groups.index(bar.group) + (labels.index(bar.label) - (len(labels) - 1) / 2) * width
         error = [[100 * (bar.accuracy - bar.interval[0])], [100 * (bar.interval[1] - bar.accuracy)]]
@@ -206,8 +209,8 @@ def plot_bars(path: Path, bars: Sequence[Bar]) -> None:
         axis.set_xlim(-0.6, len(groups) - 0.4)
         axis.margins(y=0.12)
         axis.set_ylim(0, None)
-    _name(axes[0], "Accuracy", "", "correct, pass@1 (%), with 95 % interval")
-    _name(axes[1], "Length", "", "tokens per completion, mean")
+    _name(axes[0], "Accuracy", "", "pass@1 (%), 95 % interval")
+    _name(axes[1], "Length", "", "mean tokens per completion")
     if len(labels) > 1:
         _legend(figure, colours)
     _save(figure, path)
@@ -295,7 +298,11 @@ def _styles(figure: "Figure", styles: dict[str, Any], colours: dict[str, str] | 
 
     handles = [Line2D([], [], color=colour, linewidth=3, label=label) for label, colour in (colours or {}).items()]
     handles += [Line2D([], [], color="#404040", linestyle=style, label=label) for label, style in styles.items()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+    # Characters that a line has room for, each entry's line and margin counted as eight.
+    room, longest = 12 * figure.get_figwidth(), max(len(handle.get_label()) for handle in handles) + 8
+    is_one_line = sum(len(handle.get_label()) + 8 for handle in handles) <= room
+    columns = len(handles) if is_one_line else max(1, int(room / longest))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
 def _save(figure: "Figure", path: Path) -> None:
