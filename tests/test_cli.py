@@ -43,7 +43,9 @@ def parse_error(argv: list[str]) -> str:
 # Help
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["train", "--help"], ["score", "--help"], ["env", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], *([name, "--help"] for name in ("train", "eval", "plot", "score", "env"))]
+)
 def test_help_is_quick_and_imports_nothing_heavy(argv):
     code = f"""
 import resource, sys

@@ -77,7 +77,9 @@ class Task:
 
     def fingerprint(self) -> str:
         """Return a text that differs where questions, answers or prompts do."""
-        return fingerprint(json.dumps([row, ids]).encode() for row, ids in zip(self.rows, self.prompts, strict=True))
+        return fingerprint(
+            json.dumps([row, ids], default=str).encode() for row, ids in zip(self.rows, self.prompts, strict=True)
+        )
 
 
 def prepare(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import write_whole
 
 
 class Journal:
@@ -95,7 +96,8 @@ class Journal:
                 record = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{self.path}:{number} is damaged ({error}). Set another --output.") from error
-            if number > len(self.keys) or any(record.get(key) != value for key, value in self._key(number).items()):
+            is_one = isinstance(record, dict) and number <= len(self.keys)
+            if not is_one or any(record.get(name) != value for name, value in self.keys[number - 1].items()):
                 raise UserError(f"{self.path}:{number} belongs to another evaluation. Set another --output.")
             self.done.append(record)
         if len(self.done) < len(self.keys):
@@ -103,9 +105,6 @@ class Journal:
         self._end = sum(len(line) + 1 for line in lines[: len(self.done)])
         os.ftruncate(self._file, self._end)
         os.lseek(self._file, self._end, os.SEEK_SET)
-
-    def _key(self, number: int) -> dict[str, Any]:
-        return self.keys[number - 1]
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -131,21 +130,19 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
                 "--output."
             )
         return
-    write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    write_result(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_result(path: Path, text: str) -> None:
     """
-    Write a file whole or not at all.
+    Write a file of the output whole or not at all, its folder too.
 
     Raises:
         UserError: if it cannot be written.
     """
-    from .report import write_atomically
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}). Make room, or set another --output.") from error
 

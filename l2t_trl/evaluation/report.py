@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_whole
 from .evaluate import Evaluation
 from .figures import BudgetCurve, budgets_up_to, plot_budgets, plot_training
 
@@ -93,7 +92,7 @@ def write_report(
         "log": list(log_history),
     }
     paths = [output_dir / "metrics.json"]
-    write_atomically(paths[0], json.dumps(_strict(metrics), indent=1, allow_nan=False) + "\n")
+    write_whole(paths[0], json.dumps(_strict(metrics), indent=1, allow_nan=False) + "\n")
     curves = output_dir / "plots" / "training.png"
     if plot_training(curves, {"": log_history}):
         paths.append(curves)
@@ -231,13 +230,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

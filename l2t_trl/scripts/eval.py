@@ -143,10 +143,10 @@ def main(args: argparse.Namespace) -> int:
         run.keep_settings(task, output / task.name)
     results = [run.measure(task, output / task.name) for task in tasks]
 
-    from ..evaluation.journal import write_whole
+    from ..evaluation.journal import write_result
 
     table = results_table(_stored_results(output))
-    write_whole(output / TABLE, table)
+    write_result(output / TABLE, table)
     print(results_table(results), end="")
     print(f"Completions, metrics.json and {TABLE}: {output.absolute()}")
     return 0
@@ -250,7 +250,7 @@ class _Run:
     def measure(self, task: "Task", folder: Path) -> dict[str, Any]:
         """Do what is left of a benchmark, and write and return its numbers."""
         from ..evaluation.benchmark_run import budget_curve, evaluation_of, metrics_of, sample_task
-        from ..evaluation.journal import write_whole
+        from ..evaluation.journal import write_result
 
         lines = sample_task(task, self.tokenizer, lambda: self.engine, self.sampling, folder)
         evaluation = evaluation_of(task, lines, self.sampling)
@@ -264,7 +264,7 @@ class _Run:
             result["budget_curve"] = budget_curve(evaluation)
         if self.args.depth_curve:
             result |= self._depth_curves(task, lines, result.get("budget_curve"), folder)
-        write_whole(folder / METRICS, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        write_result(folder / METRICS, json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
 
     def _depth_curves(

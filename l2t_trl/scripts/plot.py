@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> int:
         UserError: if a run cannot be read, holds nothing to draw, or the output cannot be written.
     """
     from ..evaluation.compare import draw_runs, page_of, read_runs
-    from ..evaluation.journal import write_whole
+    from ..evaluation.journal import write_result
 
     runs = read_runs(args.runs)
     output = Path(args.output)
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--output {output}: cannot be written ({error.strerror}).") from error
     if not drawings:
         raise UserError("RUN: there is nothing to draw in the runs, neither a logged step nor a judged completion.")
-    write_whole(output / PAGE, page_of(runs, drawings))
+    write_result(output / PAGE, page_of(runs, drawings))
     for path in [*(path for path, _ in drawings), output / PAGE]:
         print(path)
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..files import write_whole
 from ..models import resolve_model
 from .options import add_trainer_options, count
 
@@ -493,17 +494,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    """Write a file whole or not at all."""
-    target = Path(path)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.chmod(file.name, target.stat().st_mode & 0o777 if target.exists() else 0o644)
-            os.replace(file.name, target)
-        except OSError as error:
-            Path(file.name).unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written ({_one_line(error)}).") from error
+    try:
+        write_whole(Path(path), text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({_one_line(error)}).") from error
 
 
 def _summary(results: list[dict[str, Any]]) -> str:
