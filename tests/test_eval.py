@@ -319,7 +319,18 @@ def test_completions_that_the_model_has_no_room_for_are_refused(tmp_path, monkey
     monkeypatch.setattr(engines, "TransformersEngine", refuse_engine)
     assert main(command(tmp_path, max_tokens=1024)) == 2
     error = capsys.readouterr().err
-    assert "--max_tokens 1024: with the longest prompt" in error and "1024 positions" in error
+    assert "--max_tokens 1024: with the longest prompt" in error and "the model's 1024 positions" in error
+
+
+def test_room_for_the_answers_at_the_cuts_is_asked_for_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "TransformersEngine", refuse_engine)
+    main(command(tmp_path / "all", max_tokens=1024))
+    room = int(capsys.readouterr().err.split("Set ")[1].split()[0])
+    # The probe is 2 tokens or more, the answer 6.
+    assert main(command(tmp_path / "depth", "--depth_curve", max_tokens=room - 7)) == 2
+    assert "and what asks for the answer" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        main(command(tmp_path / "none", max_tokens=room))
 
 
 def test_without_max_tokens_the_model_says_what_fits(tmp_path, monkeypatch):

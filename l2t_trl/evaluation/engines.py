@@ -9,7 +9,7 @@ otherwise up to tokens whose probabilities were equal but for rounding.
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -93,7 +93,7 @@ class VllmEngine:
         memory_share: float = 0.8,
         num_gpus: int = 1,
     ):
-        # The worker runs in this process: no second one to start, and its random numbers are of this one.
+        # The worker runs in this process: there is no second one to start.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import torch
@@ -158,11 +158,13 @@ class VllmEngine:
     def _quietly(self):
         from ..generation.cpu import without_compiling
 
-        return without_compiling() if self._is_on_cpu else ExitStack()
+        return without_compiling() if self._is_on_cpu else nullcontext()
 
 
 def _merged(path: str, tokenizer, dtype: str, folder: Path) -> str:
     """Write a model with its adapters merged into its weights; vLLM then needs to know nothing of them."""
+    import torch
+
     from ..scripts.score import load_model
 
     try:
@@ -173,4 +175,7 @@ def _merged(path: str, tokenizer, dtype: str, folder: Path) -> str:
             f"--model {path}: the model with its adapters merged cannot be written to {folder} ({error.strerror}). Set "
             "TMPDIR to a folder with room."
         ) from error
+    # The engine takes its share of what is free.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return str(folder)

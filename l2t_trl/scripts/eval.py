@@ -200,10 +200,14 @@ class _Run:
                     f"model's {self.positions}. Set --max_tokens to {room} at most, or another model."
                 )
             return min(MAX_TOKENS, room - self.num_more)
+        others = f"the longest prompt ({self.longest_prompt} tokens)"
+        if self.args.depth_curve:
+            room -= self.num_more
+            others += f" and what asks for the answer ({self.num_more})"
         if self.args.max_tokens > room:
             raise UserError(
-                f"--max_tokens {self.args.max_tokens}: with the longest prompt ({self.longest_prompt} tokens) that is "
-                f"more than the model's {self.positions} positions. Set {room} at most, or leave it out."
+                f"--max_tokens {self.args.max_tokens}: with {others} that is more than the model's {self.positions} "
+                f"positions. Set {room} at most, or leave it out."
             )
         return self.args.max_tokens
 
