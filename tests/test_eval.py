@@ -254,6 +254,22 @@ def test_a_damaged_line_is_named(unbroken, tmp_path, capsys):
     assert "completions.jsonl:1 belongs to another evaluation" in capsys.readouterr().err
 
 
+def test_batches_begin_where_those_of_an_unbroken_run_do(tmp_path):
+    keys = [{"id": number} for number in range(10)]
+    whole = b"".join(b'{"id": %d}\n' % number for number in range(6))
+    # Six of ten lines and half of a seventh: the second batch of four is begun anew, and nothing of it stays.
+    (tmp_path / "file").write_bytes(whole + b'{"id": 6, "text": "half of')
+    with Journal(tmp_path / "file", keys, 4) as journal:
+        assert [line["id"] for line in journal.done] == [0, 1, 2, 3]
+        assert [[key["id"] for key in batch] for batch in journal.batches] == [[4, 5, 6, 7], [8, 9]]
+        assert (tmp_path / "file").read_bytes() == whole[: 4 * len(b'{"id": 0}\n')]
+        journal.add(keys[4:8])
+        journal.add(keys[8:])
+        assert journal.batches == []
+    with Journal(tmp_path / "file", keys, 4) as journal:
+        assert journal.done == keys
+
+
 def test_two_at_a_time_are_refused(tmp_path):
     keys = [{"id": "0"}]
     with Journal(tmp_path / "file", keys, 1), pytest.raises(UserError, match="another evaluation is writing"):
