@@ -17,6 +17,9 @@ from ..errors import UserError
 from .sampling import RowSampler, end_ids_of, evaluation_mode, generation_config, sample
 
 
+CPU_BATCHED_TOKENS = 4096  # that vLLM reads in one step without a GPU, if no prompt is longer
+
+
 class Engine(Protocol):
     """
     Completes prompts.
@@ -120,6 +123,12 @@ class VllmEngine:
             if self._is_on_cpu:
                 config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
                 arguments = engine_arguments(config, getattr(torch, dtype), max_length, num_sequences, CPU_CACHE_SHARE)
+                # Behind a part of a prompt vLLM winds a request's random numbers back, which CPU generators cannot do:
+                # prompts are read whole.
+                arguments |= {
+                    "enable_chunked_prefill": False,
+                    "max_num_batched_tokens": max(max_length, CPU_BATCHED_TOKENS),
+                }
             from vllm import LLM
 
             with self._quietly():
