@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 MAX_TOKENS = 16384  # the paper's budget
-# vLLM works on as many as fit and takes the next from the batch, so that a larger one keeps it busier.
+# vLLM works on as many as fit and takes the next from the batch, so that a larger one keeps a GPU busier; on a CPU it
+# would only be minutes before anything is written.
 BATCH_SIZE, VLLM_BATCH_SIZE = 32, 256
 ASKING_OPTIONS = ("answer_probe", "episode_format", "max_episodes")
 SETTINGS, DEPTH_SETTINGS, METRICS, TABLE = "settings.json", "depth_settings.json", "metrics.json", "results.md"
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size",
         **numbers,
         help="completions made and written together "
-        f"(default: {BATCH_SIZE}; {VLLM_BATCH_SIZE} with --vllm, which splits them as it likes)",
+        f"(default: {BATCH_SIZE}; {VLLM_BATCH_SIZE} with --vllm on a GPU, which splits them as it likes)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="type the model is loaded in (default: bfloat16, float32 without a GPU)"
@@ -165,7 +166,8 @@ class _Run:
         from ..evaluation.depth import Asking
 
         self.args, self.model_path, self.tokenizer = args, model_path, tokenizer
-        self.dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+        has_gpu = torch.cuda.is_available()
+        self.dtype = args.dtype or ("bfloat16" if has_gpu else "float32")
         adapter = Path(model_path, "adapter_config.json")
         base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else model_path
         self.positions = getattr(
@@ -183,7 +185,7 @@ class _Run:
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed,
-            batch_size=args.batch_size or (VLLM_BATCH_SIZE if args.vllm else BATCH_SIZE),
+            batch_size=args.batch_size or (VLLM_BATCH_SIZE if args.vllm and has_gpu else BATCH_SIZE),
         )
         self.fingerprint = model_fingerprint(model_path)
 
