@@ -147,7 +147,8 @@ def plot_budgets(path: Path, curves: Sequence[BudgetCurve], title: str = "Accura
             axis.step(budgets, _percents(asked), where="post", color=colour, linewidth=1.4, linestyle=(0, (4, 2)))
         axis.plot([curve.mean_tokens] * 2, [0, 0.04], color=colour, linewidth=3, transform=axis.get_xaxis_transform())
     axis.set_xlim(0, longest)
-    axis.set_ylim(0, None)
+    # Without a correct answer the scale would be of rounding errors.
+    axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
     _label_ends(axis, longest, [(curve.label, 100 * curve.shares[-1], colours[curve.label]) for curve in curves])
     _name(
         axis,
@@ -172,7 +173,7 @@ def plot_depths(path: Path, curves: Sequence[DepthCurve], title: str = "") -> No
         accuracy.axhline(100 * curve.whole, color=colour, linewidth=1.0, linestyle=(0, (1, 2)))
         tokens.plot(curve.episodes, curve.tokens, linewidth=2, **style)
     for axis in (accuracy, tokens):
-        axis.set_ylim(0, None)
+        axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
         axis.xaxis.get_major_locator().set_params(integer=True)
     where = f": {title}" if title else ""
     _name(accuracy, f"Accuracy by depth{where}", "episodes read, k", "correct answers (%)")
@@ -191,7 +192,9 @@ def plot_bars(path: Path, bars: Sequence[Bar]) -> None:
     rows, columns = (1, 2) if size <= 7 else (2, 1)
     figure, axes = _figure(rows, columns, columns * size, 3.9 * rows)
     for bar in bars:
-        place = groups.index(bar.group) + (labels.index(bar.label) - (len(labels) - 1) / 2) * width
+        # Those that a benchmark has stand around its name.
+        there = [label for label in labels if any((one.label, one.group) == (label, bar.group) for one in bars)]
+        place = groups.index(bar.group) + (there.index(bar.label) - (len(there) - 1) / 2) * width
         error = [[100 * (bar.accuracy - bar.interval[0])], [100 * (bar.interval[1] - bar.accuracy)]]
         values = ((100 * bar.accuracy, error, 100 * bar.interval[1]), (bar.tokens, None, bar.tokens))
         for axis, (value, spread, top) in zip(axes, values, strict=True):
@@ -208,7 +211,7 @@ def plot_bars(path: Path, bars: Sequence[Bar]) -> None:
         axis.set_xticks(range(len(groups)), groups)
         axis.set_xlim(-0.6, len(groups) - 0.4)
         axis.margins(y=0.12)
-        axis.set_ylim(0, None)
+        axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
     _name(axes[0], "Accuracy", "", "pass@1 (%), 95 % interval")
     _name(axes[1], "Length", "", "mean tokens per completion")
     if len(labels) > 1:
