@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a model with L2T, or with GRPO for comparison",
     "plan": "say what memory a recipe takes on given GPUs, and whether it fits",
     "serve": "start a vLLM server for rollouts",
+    "eval": "measure a model on benchmarks",
+    "plot": "draw trainings and evaluations side by side",
     "score": "score the episodes of given completions, without training",
     "data": "list, show and prepare data sets, and write them in verl's layout",
     "env": "print versions and what runs on this machine",

@@ -44,7 +44,12 @@ def parse_error(argv: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["--help"], ["train", "--help"], ["score", "--help"], ["data", "--help"], ["env", "--help"]]
+    "argv",
+    [
+        [],
+        ["--help"],
+        *([name, "--help"] for name in ("train", "eval", "plot", "plan", "data", "serve", "score", "env")),
+    ],
 )
 def test_help_is_quick_and_imports_nothing_heavy(argv):
     code = f"""

@@ -4,11 +4,11 @@ import json
 import math
 from pathlib import Path
 
-import families
 import pytest
 import torch
 import yaml
 
+import families
 from l2t_trl.cli import main
 from l2t_trl.episodes import segment, token_bytes
 from l2t_trl.models import TINY_FOLDER

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 BOXED_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
+ARITHMETIC_ROWS = 300
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -48,6 +50,17 @@ def _load(name: str) -> Callable[[], list[dict[str, Any]]]:
     return load
 
 
+def load_arithmetic() -> list[dict[str, Any]]:
+    """Return held-out questions of the arithmetic world, those that the tiny recipe is measured on."""
+    from l2t_trl.data.arithmetic import make_dataset
+    from l2t_trl.data.loading import TEST_SEED
+
+    return [
+        {"id": str(index), "question": row["prompt"][0]["content"], "answer": row["answer"], "tier": row["tier"]}
+        for index, row in enumerate(make_dataset(ARITHMETIC_ROWS, TEST_SEED, split="test"))
+    ]
+
+
 def judge_answer(text: str, row: dict[str, Any]) -> bool | None:
     """Whether the final answer of a completion is the gold answer of its row."""
     from l2t_trl.answers import judge_texts
@@ -66,6 +79,7 @@ BENCHMARKS = {
         Benchmark("minerva", 272, _load("minerva"), judge_answer),
         Benchmark("omni-math", 4428, _load("omni-math"), judge_answer),
         Benchmark("gsm8k", 1319, _load("gsm8k"), judge_answer),
+        Benchmark("arithmetic", ARITHMETIC_ROWS, load_arithmetic, judge_answer, instruction=""),
     )
 }
 

@@ -6,15 +6,18 @@ torch is imported where a model is sampled, so that reports are written, and the
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from ..rewards import final_answer
+from .sampling import check_sampling, end_ids_of, evaluation_mode, generation_config, sample, tokenize
+from .voting import majority_at_k, pass_at_k, vote_of
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Quantile of the standard normal distribution for a 95 % interval.
@@ -119,6 +122,28 @@ class Evaluation:
         """Share of completions cut off at the longest allowed length."""
         return statistics.fmean(one.is_truncated for one in self.completions)
 
+    def pass_at(self, k: int) -> float | None:
+        """
+        Mean over the questions of the chance that one of k samples at least is correct; `None` without such questions.
+
+        Questions with fewer than k samples that can be judged are left out.
+        """
+        groups = self._samples(k)
+        return (
+            statistics.fmean(pass_at_k(len(group), sum(one.is_correct for one in group), k) for group in groups)
+            if groups
+            else None
+        )
+
+    def majority_at(self, k: int) -> float | None:
+        r"""
+        Mean over the questions of the chance that the `\boxed{}` answer of most of k samples is correct, likewise.
+
+        Among equally frequent answers one is drawn; completions without an answer do not vote.
+        """
+        votes = [[vote_of(final_answer(one.text), one.is_correct) for one in group] for group in self._samples(k)]
+        return statistics.fmean(majority_at_k(group, k) for group in votes) if votes else None
+
     def accuracy_at_budget(self, budgets: Sequence[int]) -> list[float | None]:
         """
         Return for every token budget the share of completions that are correct and ended within it.
@@ -148,8 +173,8 @@ class Evaluation:
 
     def to_dict(self, with_completions: bool = False) -> dict[str, Any]:
         """Return the numbers, and on request the completions, as JSON can hold them; what is undefined is `None`."""
-        summary = self._summary() | {
-            "tiers": {str(tier): evaluation._summary() for tier, evaluation in self.tiers().items()},
+        summary = self.summary() | {
+            "tiers": {str(tier): evaluation.summary() for tier, evaluation in self.tiers().items()},
             "sampling": {
                 "max_new_tokens": self.max_new_tokens,
                 "temperature": self.temperature,
@@ -160,7 +185,8 @@ class Evaluation:
         }
         return summary | {"completions": [asdict(one) for one in self.completions]} if with_completions else summary
 
-    def _summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers of all completions together, tiers and sampling left out."""
         return {
             "num_questions": len({one.question for one in self.completions}),
             "num_completions": len(self.completions),
@@ -172,6 +198,13 @@ class Evaluation:
             "tokens_per_correct": self.tokens_per_correct,
             "truncated_share": self.truncated_share,
         }
+
+    def _samples(self, k: int) -> list[list[EvaluatedCompletion]]:
+        """Return the judged completions of every question that has k at least."""
+        groups: dict[int, list[EvaluatedCompletion]] = {}
+        for one in self._judged():
+            groups.setdefault(one.question, []).append(one)
+        return [group for group in groups.values() if len(group) >= k]
 
     def _judged(self) -> list[EvaluatedCompletion]:
         return [one for one in self.completions if one.is_correct is not None]
@@ -235,10 +268,7 @@ def evaluate(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_samples", num_samples)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or larger, got {value}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be a finite number, 0 (greedy) or larger, got {temperature}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
+    check_sampling(temperature, top_p)
     if len(dataset) == 0:
         raise ValueError("The data set to evaluate on is empty.")
     from tqdm.auto import tqdm
@@ -248,20 +278,20 @@ def evaluate(
     prompts = list(dataset["prompt"])
     answers = {name: list(dataset[name]) for name in ANSWER_COLUMNS if name in dataset.column_names}
     tiers = list(dataset["tier"]) if "tier" in dataset.column_names else [None] * len(prompts)
-    prompt_ids = [_tokenize(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [tokenize(tokenizer, prompt) for prompt in prompts]
     # Longest first: batches hold prompts of like length, and what does not fit in memory fails at once.
     order = sorted(range(len(prompts)), key=lambda question: -len(prompt_ids[question]))
     order = [question for question in order for _ in range(num_samples)]
-    end_ids = _end_ids(model, tokenizer)
-    how = _generation_config(model, tokenizer, end_ids, max_new_tokens, temperature, top_p)
+    end_ids = end_ids_of(model.generation_config, tokenizer)
+    how = generation_config(model, tokenizer, end_ids, max_new_tokens, temperature, top_p)
     judged: list[EvaluatedCompletion] = []
     with (
-        _evaluation_mode(model, seed),
+        evaluation_mode(model, seed),
         tqdm(total=len(order), desc=description, unit="completion", dynamic_ncols=True) as bar,
     ):
         for start in range(0, len(order), batch_size):
             questions = order[start : start + batch_size]
-            completion_ids = _sample(model, [prompt_ids[question] for question in questions], how, end_ids)
+            completion_ids = sample(model, [prompt_ids[question] for question in questions], how, end_ids)
             texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
             is_chat = not isinstance(prompts[questions[0]], str)
             verdicts = accuracy(
@@ -289,87 +319,3 @@ def evaluate(
     # `sorted` is stable, so the samples of a question keep the order they were drawn in.
     judged.sort(key=lambda one: one.question)
     return Evaluation(judged, max_new_tokens, temperature, top_p, num_samples, seed)
-
-
-def _tokenize(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict[str, str]]) -> list[int]:
-    """Return a prompt's ids, as TRL's trainers make them."""
-    if isinstance(prompt, str):
-        return tokenizer(text=prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
-
-
-def _end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids that end a completion: the tokenizer's, and those that the model names besides."""
-    ids = model.generation_config.eos_token_id
-    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
-def _generation_config(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    end_ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> "GenerationConfig":
-    from transformers import GenerationConfig
-
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_ids[0] if end_ids else 0)
-    how = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    # What is not named here would come from the model's own settings, such as the repetition penalty of Qwen2.5.
-    return GenerationConfig(
-        **how,
-        max_new_tokens=max_new_tokens,
-        top_k=0,
-        # Set, it costs a sort of the vocabulary per token; so only against a model that sets it.
-        min_p=None if model.generation_config.min_p is None else 0.0,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        num_beams=1,
-        num_return_sequences=1,
-        use_cache=True,
-        eos_token_id=end_ids or None,
-        pad_token_id=pad_id,
-        disable_compile=True,
-    )
-
-
-@contextmanager
-def _evaluation_mode(model: "PreTrainedModel", seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients and seeded random numbers inside; everything as before outside."""
-    import torch
-
-    # Modules may differ in mode (a frozen dropout, say), so each gets its own back.
-    modes = {module: module.training for module in model.modules()}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, is_training in modes.items():
-                module.training = is_training
-
-
-def _sample(
-    model: "PreTrainedModel", prompt_ids: list[list[int]], how: "GenerationConfig", end_ids: list[int]
-) -> list[list[int]]:
-    """Return one completion per prompt, the token that ends it included, padding left out."""
-    import torch
-
-    width = max(len(ids) for ids in prompt_ids)
-    input_ids = torch.tensor([[how.pad_token_id] * (width - len(ids)) + ids for ids in prompt_ids])
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
-    output = model.generate(
-        input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=how
-    )
-    completions = []
-    for ids in output[:, width:].tolist():
-        end = next((i for i, token in enumerate(ids) if token in end_ids), None)
-        completions.append(ids if end is None else ids[: end + 1])
-    return completions

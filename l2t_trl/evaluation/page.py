@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows scored completions, their episodes coloured by reward."""
+"""Self-contained HTML pages, and the one that shows scored completions, their episodes coloured by reward."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ _MAX_OPACITY = 0.6
 # Share of the episodes whose rewards the colour scale tells apart.
 STRONG_SHARE = 0.95
 
-# No script may run and nothing may be loaded, whatever a completion holds.
-_PAGE = Template("""\
+# No script may run and nothing may be loaded, whatever a page's texts hold.
+_DOCUMENT = Template("""\
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'$policy">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
@@ -33,6 +33,17 @@ body { margin: 0 auto; padding: 1.5rem 1rem 9rem; max-width: 62rem; background: 
 h1 { font-size: 1.4rem; margin: 0 0 .3rem; }
 h2 { font-size: 1rem; margin: 0; }
 .dim { color: var(--dim); }
+$style
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$body
+</body>
+</html>
+""")
+
+_STYLE = Template("""\
 .legend { display: flex; align-items: center; gap: .6rem; flex-wrap: wrap; margin: .8rem 0 1.4rem; font-size: .9rem; }
 .legend .bar { width: 14rem; height: 1rem; border: 1px solid var(--line); border-radius: .2rem;
   background: linear-gradient(to right,
@@ -57,19 +68,32 @@ header { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; align-items: baselin
 details > summary { cursor: pointer; color: var(--dim); font-size: .9rem; }
 details > pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; font-size: .88rem; }
 svg { display: block; max-width: 100%; height: auto; color: var(--dim); }
-svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
+svg text { font: 11px system-ui, sans-serif; fill: currentColor; }""")
+
+_BODY = Template("""\
 <p class="dim">$summary Point at an episode, or reach it with the tab key, for its numbers.</p>
 <div class="legend" role="img" aria-label="Colour scale of the episode rewards, from orange below zero to blue above">
 <span>episode reward</span><span>&minus;$strong or less</span><span class="bar"></span>
 <span>+$strong or more</span></div>
-$articles
-</body>
-</html>
-""")
+$articles""")
+
+
+def document(title: str, body: str, style: str = "", with_images: bool = False) -> str:
+    """
+    Return one HTML page without scripts or external resources.
+
+    Args:
+        title (`str`):
+            Heading of the page, plain text.
+        body (`str`):
+            HTML below it.
+        style (`str`, *optional*):
+            CSS beside the common one.
+        with_images (`bool`, *optional*):
+            Whether the page may show images that are in its text (`data:`).
+    """
+    policy = "; img-src data:" if with_images else ""
+    return _DOCUMENT.substitute(title=escape(title), body=body, style=style, policy=policy)
 
 
 def render_page(rows: Sequence[dict[str, Any]], title: str) -> str:
@@ -90,15 +114,9 @@ def render_page(rows: Sequence[dict[str, Any]], title: str) -> str:
     strong = sizes[math.ceil(STRONG_SHARE * len(sizes)) - 1] if sizes else 0.0
     num_correct = sum(row["outcome"] == 1 for row in rows)
     summary = f"{len(rows)} completion{'' if len(rows) == 1 else 's'}, {num_correct} correct, {len(sizes)} spans."
-    return _PAGE.substitute(
-        title=escape(title),
-        summary=summary,
-        strong=_format(strong),
-        gain=_GAIN_RGB,
-        loss=_LOSS_RGB,
-        opacity=_MAX_OPACITY,
-        articles="\n".join(_article(number, row, strong) for number, row in enumerate(rows, start=1)),
-    )
+    articles = "\n".join(_article(number, row, strong) for number, row in enumerate(rows, start=1))
+    body = _BODY.substitute(summary=summary, strong=_format(strong), articles=articles)
+    return document(title, body, _STYLE.substitute(gain=_GAIN_RGB, loss=_LOSS_RGB, opacity=_MAX_OPACITY))
 
 
 def _article(number: int, row: dict[str, Any], strong: float) -> str:

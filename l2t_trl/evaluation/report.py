@@ -2,32 +2,20 @@
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_whole
 from .evaluate import Evaluation
+from .figures import BudgetCurve, budgets_up_to, plot_budgets, plot_training
 
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from trl import GRPOConfig
 
 
-# Panels of the training curves: key in the log, title, unit, factor from the logged unit to the one shown.
-CURVES = (
-    ("reward", "Outcome reward", "mean reward", 1),
-    ("rewards/accuracy/mean", "Accuracy of the rollouts", "% correct", 100),
-    ("completions/mean_length", "Completion length", "tokens per completion", 1),
-    ("l2t/episodes/mean", "Episodes", "episodes per completion", 1),
-    ("l2t/fitting_gain/mean", "Fitting gain", "gain in J per episode", 1),
-    ("l2t/compression_penalty/mean", "Compression penalty", "penalty per episode", 1),
-)
-# Steps from which on a running mean is drawn over the steps.
-LONG_RUN = 16
 # Settings told in the model card, where the configuration has them: L2T's own, and those of any run.
 L2T_RECIPE = (
     "process_reward_coef",
@@ -61,11 +49,6 @@ RECIPE = (
     "scale_rewards",
     "seed",
 )
-# Points of the accuracy against the budget.
-NUM_BUDGETS = 200
-
-BEFORE_COLOUR, AFTER_COLOUR = "#d55e00", "#0072b2"  # told apart by colour-blind readers as well
-GREY = "#8a8a8a"
 
 
 def write_report(
@@ -95,7 +78,7 @@ def write_report(
     (output_dir / "plots").mkdir(parents=True, exist_ok=True)
     sys.stdout.write(f"\n{results_table(before, after)}\n")
     sys.stdout.flush()
-    budgets = _budgets(before, after)
+    budgets = budgets_up_to(max(one.tokens for one in [*before.completions, *after.completions]))
     metrics = {
         "before": before.to_dict(),
         "after": after.to_dict(),
@@ -109,12 +92,17 @@ def write_report(
         "log": list(log_history),
     }
     paths = [output_dir / "metrics.json"]
-    _write_atomically(paths[0], json.dumps(_strict(metrics), indent=1, allow_nan=False) + "\n")
+    write_whole(paths[0], json.dumps(_strict(metrics), indent=1, allow_nan=False) + "\n")
     curves = output_dir / "plots" / "training.png"
-    if plot_training(curves, log_history):
+    if plot_training(curves, {"": log_history}):
         paths.append(curves)
     paths.append(output_dir / "plots" / "accuracy_at_budget.png")
-    plot_accuracy_at_budget(paths[-1], before, after)
+    drawn = [
+        BudgetCurve(name, budgets, one.accuracy_at_budget(budgets), one.mean_tokens)
+        for name, one in (("before", before), ("after", after))
+        if one.accuracy is not None
+    ]
+    plot_budgets(paths[-1], drawn)
     return paths
 
 
@@ -212,115 +200,6 @@ def model_card_sections(before: Evaluation, after: Evaluation, config: "GRPOConf
     return "\n".join(lines) + "\n"
 
 
-def plot_training(path: Path, log_history: Sequence[dict[str, Any]]) -> bool:
-    """Plot the training curves that the log holds; return whether it held any."""
-    curves = [(title, unit, _series(log_history, key, factor)) for key, title, unit, factor in CURVES]
-    curves = [(title, unit, series) for title, unit, series in curves if series[0]]
-    if not curves:
-        return False
-    columns = min(3, len(curves))
-    rows = math.ceil(len(curves) / columns)
-    figure, axes = _figure(rows, columns, 4.0 * columns, 2.9 * rows)
-    for axis, (title, unit, (steps, values)) in zip(axes, curves, strict=False):
-        is_long = len(values) >= LONG_RUN
-        axis.plot(steps, values, color=AFTER_COLOUR, linewidth=1.0 if is_long else 1.8, alpha=0.3 if is_long else 1.0)
-        if len(values) == 1:
-            axis.plot(steps, values, "o", color=AFTER_COLOUR)
-        if is_long:
-            axis.plot(steps, _running_mean(values), color=AFTER_COLOUR, linewidth=1.8)
-        if min(values) < 0 < max(values):
-            axis.axhline(0, color=GREY, linewidth=0.8)
-        axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
-        axis.set_ylabel(unit)
-        axis.set_xlabel("optimiser step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes[len(curves) :]:
-        axis.set_visible(False)
-    if any(len(series[0]) >= LONG_RUN for _, _, series in curves):
-        figure.supxlabel("pale: each step; dark: running mean", x=0.995, ha="right", fontsize=8.5, color="#606060")
-    _save(figure, path)
-    return True
-
-
-def plot_accuracy_at_budget(path: Path, before: Evaluation, after: Evaluation) -> None:
-    """Plot the share of completions that are correct within a token budget, before and after training."""
-    budgets = _budgets(before, after)
-    figure, (axis,) = _figure(1, 1, 6.4, 4.2)
-    drawn = [("before", before, BEFORE_COLOUR), ("after", after, AFTER_COLOUR)]
-    drawn = [(*one, one[1].accuracy_at_budget(budgets)) for one in drawn if one[1].accuracy is not None]
-    # Labels of curves that end close together are moved apart.
-    ends = [shares[-1] for *_, shares in drawn]
-    is_close = len(ends) == 2 and abs(ends[1] - ends[0]) < 0.06 * max(max(ends), 0.01)
-    for label, evaluation, colour, shares in drawn:
-        is_upper = shares[-1] == max(ends) and (label == "after" or ends[0] != ends[-1])
-        shift = (7 if is_upper else -7) if is_close else 0
-        axis.step(budgets, [100 * share for share in shares], where="post", color=colour, linewidth=2)
-        axis.annotate(
-            f"{label}: {100 * shares[-1]:.1f} %",
-            (budgets[-1], 100 * shares[-1]),
-            xytext=(6, shift),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontweight="bold",
-            annotation_clip=False,
-        )
-        axis.plot(
-            [evaluation.mean_tokens] * 2, [0, 0.04], color=colour, linewidth=3, transform=axis.get_xaxis_transform()
-        )
-    axis.set_xlim(0, budgets[-1])
-    axis.set_ylim(0, None)
-    axis.set_xlabel("token budget (tokens per completion; marks on the axis: mean length)")
-    axis.set_ylabel("correct within the budget (%)")
-    axis.set_title("Accuracy against token budget", loc="left", fontsize=10.5, fontweight="bold")
-    _save(figure, path)
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, list["Axes"]]:
-    # A figure of its own, not pyplot's: no display is asked for and no global state is left behind.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.07)
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(labelsize=9)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    # No date or version inside, so that the same run gives the same file.
-    figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
-
-
-def _series(log_history: Sequence[dict[str, Any]], key: str, factor: float) -> tuple[list[float], list[float]]:
-    """Return the steps and values of a key, what is not finite left out."""
-    points = [
-        (entry["step"], factor * entry[key])
-        for entry in log_history
-        if "step" in entry and isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-    ]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean over a window of a tenth of the values around each; shorter at the ends, never shifted."""
-    half = max(1, len(values) // 20)
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def _budgets(before: Evaluation, after: Evaluation) -> list[int]:
-    longest = max(one.tokens for one in [*before.completions, *after.completions])
-    step = max(1, math.ceil(longest / NUM_BUDGETS))
-    return list(range(0, longest + step, step))
-
-
 def _pairs(before: Evaluation, after: Evaluation) -> Iterable[tuple[str, Evaluation, Evaluation]]:
     old, new = before.tiers(), after.tiers()
     for tier in new:
@@ -351,13 +230,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def _ratio(value: float | None, base: float | None) -> float | None:

@@ -6,7 +6,6 @@ but the checks of the server.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,7 @@ from trl.import_utils import is_vllm_available
 from trl.trainer import grpo_trainer
 
 from l2t_trl.errors import RolloutError
-from l2t_trl.generation.cpu import UNBOUND_THREADS, cache_bytes, physical_memory
+from l2t_trl.generation.cpu import engine_arguments, leave_threads_alone, without_compiling
 from l2t_trl.generation.weight_folder import WeightFolder
 from l2t_trl.generation.worker import load_weights
 
@@ -96,21 +95,13 @@ class RolloutEngine(VLLMGeneration):
 
     def _cpu_arguments(self) -> dict:
         """Arguments of `vllm.LLM` that differ from TRL's where vLLM shares the trainer's CPU."""
-        config, dtype = self.model.config.get_text_config(), self.model.dtype
-        length = self.max_model_length or config.max_position_embeddings
-        # No more than the batch can fill, as long as that is within TRL's share of memory.
-        memory = min(
-            (self.max_num_seqs or 256) * cache_bytes(config, length, dtype.itemsize),
-            int(self.gpu_memory_utilization * physical_memory()),
+        return engine_arguments(
+            self.model.config.get_text_config(),
+            self.model.dtype,
+            self.max_model_length,
+            self.max_num_seqs,
+            self.gpu_memory_utilization,
         )
-        return {
-            # Compiling takes minutes, far longer than it saves in runs of the size that a CPU is for.
-            "enforce_eager": True,
-            # vLLM would take bfloat16 for a float32 model, and its log-probabilities would not be the trainer's.
-            "dtype": str(dtype).removeprefix("torch."),
-            # With a size given, no warm-up pass is needed to find it.
-            "kv_cache_memory_bytes": memory,
-        }
 
     def sync_weights(self):
         if self.mode == "server" and self.weight_sync_dir is not None:
@@ -138,7 +129,7 @@ class RolloutEngine(VLLMGeneration):
         self._on_main_process(lambda: client.send_weights(), failure)
 
     def generate(self, *args, **kwargs) -> tuple:
-        with nullcontext() if self.mode == "server" or not self._is_on_cpu else _without_compiling():
+        with nullcontext() if self.mode == "server" or not self._is_on_cpu else without_compiling():
             output = super().generate(*args, **kwargs)
         if self.mode == "server":
             # What the client has met, and answered for with nothing.
@@ -165,8 +156,7 @@ def _failure_of(function: Callable[[], None]) -> str | None:
 @contextmanager
 def _cpu_settings(arguments: dict) -> Iterator[None]:
     """Let TRL build an `LLM` with some more arguments, which leaves the process's threads to the training."""
-    for name, value in UNBOUND_THREADS.items():
-        os.environ.setdefault(name, value)
+    leave_threads_alone()
     llm, set_num_threads, num_threads = vllm_generation.LLM, torch.set_num_threads, torch.get_num_threads()
     vllm_generation.LLM = partial(llm, **arguments)
     try:
@@ -176,8 +166,3 @@ def _cpu_settings(arguments: dict) -> Iterator[None]:
         # The engine takes it away, so that nobody undoes its binding.
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
-
-
-def _without_compiling():
-    """vLLM compiles its sampler even in eager mode, 11 s for a function of four operations."""
-    return torch.compiler.set_stance("force_eager")

@@ -6,9 +6,7 @@ kept; the Fisher matrix and the penalties come from all of them together.
 """
 
 import argparse
-import ast
 import json
-import math
 import os
 import sys
 import tempfile
@@ -18,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..fields import read_fields
+from ..files import write_whole
 from ..models import resolve_model
+from .options import add_trainer_options, count
 
 
 if TYPE_CHECKING:
@@ -86,27 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines to score")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
     parser.add_argument("--html", metavar="FILE", help="also write a page that shows the episodes coloured by reward")
-    readers = {
-        "answer_probe": _text,
-        "answer_probe_end": str,
-        "max_episodes": _count,
-        "proxy_rank_ratio": _share,
-        "fisher_damping": _coefficient,
-        "process_reward_coef": _coefficient,
-        "compression_coef": _coefficient,
-    }
-    declared = {one.name: one for one in read_fields(Path(__file__).parent.parent / "l2t_config.py", "L2TConfig")}
-    for name in TRAINER_OPTIONS:
-        option = declared[name]
-        default = ast.literal_eval(option.default)
-        # As a shell would take it, so that the line can be copied.
-        shown = f"${default!r}" if isinstance(default, str) and "\n" in default else str(default)
-        help_text = f"{option.help} (default: {shown})".replace("%", "%%")
-        if name in readers:
-            metavar = "TEXT" if isinstance(default, str) else "NUMBER"
-            parser.add_argument(f"--{name}", type=readers[name], default=default, metavar=metavar, help=help_text)
-        else:
-            parser.add_argument(f"--{name}", choices=option.type.split("|"), default=default, help=help_text)
+    add_trainer_options(parser, TRAINER_OPTIONS)
     parser.add_argument(
         "--on_bad_row",
         choices=("stop", "drop"),
@@ -114,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a row that cannot be scored does (default: stop)",
     )
     parser.add_argument(
-        "--batch_size", type=_count, default=8, metavar="NUMBER", help="completions scored together (default: 8)"
+        "--batch_size", type=count, default=8, metavar="NUMBER", help="completions scored together (default: 8)"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type the model is loaded in (default: float32)"
@@ -515,17 +494,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    """Write a file whole or not at all."""
-    target = Path(path)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.chmod(file.name, target.stat().st_mode & 0o777 if target.exists() else 0o644)
-            os.replace(file.name, target)
-        except OSError as error:
-            Path(file.name).unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written ({_one_line(error)}).") from error
+    try:
+        write_whole(Path(path), text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({_one_line(error)}).") from error
 
 
 def _summary(results: list[dict[str, Any]]) -> str:
@@ -550,33 +522,3 @@ def _brief(value: Any) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _text(value: str) -> str:
-    if not value:
-        raise argparse.ArgumentTypeError("must be a text that elicits the answer, not empty")
-    return value
-
-
-def _count(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or larger, got {value!r}")
-    return int(value)
-
-
-def _number(value: str, is_valid: Any, instead: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not is_valid(number):
-        raise argparse.ArgumentTypeError(f"must be {instead}, got {value!r}")
-    return number
-
-
-def _share(value: str) -> float:
-    return _number(value, lambda number: 0 < number <= 1, "above 0 and at most 1")
-
-
-def _coefficient(value: str) -> float:
-    return _number(value, lambda number: math.isfinite(number) and number >= 0, "a finite number, 0 or larger")

@@ -5,7 +5,7 @@ import os
 import sys
 
 from l2t_trl.errors import UserError
-from l2t_trl.generation.cpu import UNBOUND_THREADS, physical_memory
+from l2t_trl.generation.cpu import CPU_CACHE_SHARE, UNBOUND_THREADS, physical_memory
 from l2t_trl.models import resolve_model
 
 
@@ -19,7 +19,7 @@ GPU_FLAGS = ["--weight-transfer-config", '{"backend": "nccl"}']
 CPU_FLAGS = ["--enforce-eager"]
 # The engine runs its worker itself, one process less to start, and does not compile its sampler either.
 CPU_ENVIRONMENT = UNBOUND_THREADS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-CPU_CACHE_BYTES, CPU_CACHE_SHARE = 2 * 2**30, 0.3
+CPU_CACHE_BYTES = 2 * 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser):

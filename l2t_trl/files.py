@@ -1,0 +1,24 @@
+"""Writing files so that a reader never sees half of one."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """
+    Write a file whole or not at all; one that is replaced hands on its permissions.
+
+    Raises:
+        OSError: if it cannot be written. What was there before is left as it was, and nothing is left beside it.
+    """
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.chmod(file.name, mode)
+            os.replace(file.name, path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
