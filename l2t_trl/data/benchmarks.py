@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from l2t_trl.data import humaneval
 from l2t_trl.errors import UserError
 
 
@@ -64,6 +65,7 @@ BENCHMARKS = {
         Benchmark("math500", 500, _load("HuggingFaceH4/MATH-500", None, "test"), judge_answer),
         Benchmark("minerva", 272, _load("math-ai/minervamath", None, "test"), judge_answer),
         Benchmark("gsm8k", 1319, _load("openai/gsm8k", "main", "test"), judge_answer),
+        Benchmark("humaneval", humaneval.NUM_ROWS, humaneval.load, humaneval.judge, humaneval.INSTRUCTION),
     )
 }
 

@@ -72,7 +72,7 @@ def check_rows(
         return dataset
 
     num_bad = sum(len(rows) for rows in bad_rows.values())
-    summary = "; ".join(f"{reason}: {_list_rows(rows)}" for reason, rows in bad_rows.items())
+    summary = "; ".join(f"{reason}: {list_rows(rows)}" for reason, rows in bad_rows.items())
     if on_bad_row == "stop":
         raise ValueError(
             f"{num_bad} of {len(dataset)} rows cannot be used (counted from 0). {summary}. "
@@ -154,7 +154,8 @@ def _prompt_text(prompt: str | list[dict], tokenizer) -> str:
     return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
-def _list_rows(rows: list[int]) -> str:
+def list_rows(rows: list[int]) -> str:
+    """Return how many rows there are, and the numbers of the first."""
     listed = ", ".join(map(str, rows[:ROWS_LISTED]))
     more = f" and {len(rows) - ROWS_LISTED} more" if len(rows) > ROWS_LISTED else ""
     return f"{len(rows)} (row{'s' if len(rows) > 1 else ''} {listed}{more})"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l2t_trl.data.checks import check_rows
+from l2t_trl.data.code import has_tests, with_tests
+from l2t_trl.data.python_functions import PYTHON_FUNCTIONS, load_functions
 from l2t_trl.errors import UserError
 
 
@@ -43,6 +45,7 @@ SOURCES = {
     "math-ai/amc23": Source("question", "answer"),
     "math-ai/minervamath": Source("question", "answer"),
     "di-zhang-fdu/AIME_1983_2024": Source("Question", "Answer"),
+    "google-research-datasets/mbpp": Source("question", "answer", config="full"),
 }
 
 
@@ -117,6 +120,8 @@ def read_rows(name: str, config: str | None, split: str) -> Sequence[dict[str, A
     Raises:
         UserError: if the data set cannot be read.
     """
+    if name == PYTHON_FUNCTIONS:
+        return load_functions(split)
     path = Path(name).expanduser()
     if path.is_file():
         return read_file(path) if split == "train" else None
@@ -188,6 +193,8 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
 
     if len(rows) == 0:
         raise UserError(f"{name}: the data set has no rows.")
+    if has_tests(rows):
+        rows = with_tests(rows, name, training_args.on_bad_row)
     names = list(dict.fromkeys(key for row in rows for key in row))
     source = SOURCES.get(name)
     question_column = script_args.question_column or (source.question if source else None)
