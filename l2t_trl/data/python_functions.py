@@ -19,6 +19,8 @@ SPLITS = ("train", "test")
 # One task in ten is held out.
 TEST_SHARE_INVERSE = 10
 NUM_TESTS = 6
+# So many draws in a row without a new task: there are hardly any more.
+MAX_MISSES = 5000
 WORDS = (
     "amber bat cedar dune eel fig grove harbour iris jade kiln lime moss noon oak plum quartz reed sun tide".split()
 )
@@ -265,7 +267,7 @@ def make_functions(size: int, seed: int, split: str) -> list[dict[str, str]]:
 
     Args:
         size (`int`):
-            Number of tasks. A kind that has no further parameters is left out.
+            Number of tasks. A kind that has no further parameters is passed over.
         seed (`int`):
             Seed of parameters and tests.
         split (`str`):
@@ -280,16 +282,18 @@ def make_functions(size: int, seed: int, split: str) -> list[dict[str, str]]:
     if split not in SPLITS:
         raise ValueError(f"got split={split!r}; set one of {', '.join(SPLITS)}")
     rng = random.Random(f"{seed} {split}")
-    rows, seen, num_misses = [], set(), 0
+    rows, seen, turn, num_misses = [], set(), 0, 0
     while len(rows) < size:
-        kind = KINDS[(len(rows) + num_misses) % len(KINDS)]
+        kind = KINDS[turn % len(KINDS)]
+        turn += 1
         parameters = kind.draw(rng)
         key = f"{kind.name} {sorted(parameters.items())}"
         if key in seen or split_of(key) != split:
             num_misses += 1
-            if num_misses > 100 * (size + len(KINDS)):
+            if num_misses > MAX_MISSES:
                 raise ValueError(f"got size={size}; there are about {len(rows)} tasks of the split {split}")
             continue
+        num_misses = 0
         seen.add(key)
         rows.append(_row(kind, parameters, rng))
     return rows
