@@ -72,7 +72,32 @@ def episode_format(completions: list, **kwargs) -> list[float]:
     return [_format_share(_text(completion)) for completion in completions]
 
 
-REWARDS = {"accuracy": accuracy, "format": episode_format}
+def code(completions: list, tests: list[str | None] | None = None, **kwargs) -> list[float | None]:
+    """
+    1 for completions whose code passes its row's tests, else 0.
+
+    The code is that of the last Python block behind the last `</think>`, or all that stands there. It runs in the
+    sandbox, several programs at a time (docs/sandbox.md).
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Texts or chat messages.
+        tests (`list[str | None]`, *optional*):
+            Python that raises an error if the code is wrong.
+
+    Returns:
+        `list[float | None]`: `None` where a row has no tests, or none that are Python.
+
+    Raises:
+        UserError: if programs cannot be isolated on this machine.
+    """
+    from l2t_trl.evaluation.code import run_tests
+
+    verdicts = run_tests([_text(completion) for completion in completions], tests or [None] * len(completions))
+    return [None if verdict is None else float(verdict) for verdict in verdicts]
+
+
+REWARDS = {"accuracy": accuracy, "format": episode_format, "code": code}
 
 
 def get_reward_funcs(names: list[str]) -> list[Callable]:

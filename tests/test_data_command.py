@@ -245,3 +245,13 @@ def test_training_by_name_says_what_was_left_out(write, tmp_path, monkeypatch, a
         load_rows(L2TScriptArguments(dataset_name="aime24"), args, tiny_tokenizer, said.append)
     with pytest.raises(UserError, match=r"aime-919: no row is of the tiers \[1\]; it has no tiers"):
         load_rows(L2TScriptArguments(dataset_name="aime-919", tiers=[1]), args, tiny_tokenizer, said.append)
+
+
+def test_tasks_with_tests_are_prepared_without_answers(tmp_path, capsys):
+    from l2t_trl.data.loading import read_rows
+
+    assert main(["data", "prepare", "python-functions", "--output", str(tmp_path), "--size", "5"]) == 0
+    rows = read_rows(str(tmp_path), None, "train")
+    assert len(rows) == 5 and all(row["tests"].startswith("assert ") and "answer" not in row for row in rows)
+    assert main(["data", "show", "python-functions"]) == 0
+    assert "train: 1024 rows" in capsys.readouterr().out

@@ -172,7 +172,7 @@ def test_reward_function_of_the_working_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("acuracy", "'acuracy' is none of accuracy, format, nor a dotted path"),
+        ("acuracy", "'acuracy' is none of accuracy, format, code, nor a dotted path"),
         ("no_such_module.reward", "no_such_module.reward cannot be imported"),
         ("l2t_trl.rewards.no_such_function", "l2t_trl.rewards.no_such_function cannot be imported"),
         ("l2t_trl.rewards.REWARDS", "l2t_trl.rewards.REWARDS is not a function"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from l2t_trl.data import humaneval
 from l2t_trl.data.registry import ACCEPTED, SOURCES
 from l2t_trl.errors import UserError
 
@@ -80,6 +81,7 @@ BENCHMARKS = {
         Benchmark("omni-math", 4428, _load("omni-math"), judge_answer),
         Benchmark("gsm8k", 1319, _load("gsm8k"), judge_answer),
         Benchmark("arithmetic", ARITHMETIC_ROWS, load_arithmetic, judge_answer, instruction=""),
+        Benchmark("humaneval", humaneval.NUM_ROWS, humaneval.load, humaneval.judge, humaneval.INSTRUCTION),
     )
 }
 

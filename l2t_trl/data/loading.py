@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from l2t_trl.data.checks import check_rows
+from l2t_trl.data.code import has_tests, with_tests
+from l2t_trl.data.python_functions import load_functions
 from l2t_trl.data.registry import (
     ACCEPTED,
     ARITHMETIC,
     BY_HUB_ID,
+    HUB_CONFIGS,
+    PYTHON_FUNCTIONS,
     SOURCES,
     is_generated,
     plain_gold,
@@ -176,6 +180,8 @@ def read_rows(name: str, config: str | None, split: str, is_lazy: bool = False) 
     Raises:
         UserError: if the data set cannot be read.
     """
+    if name == PYTHON_FUNCTIONS:
+        return load_functions(split)
     path = Path(name).expanduser()
     if path.is_file():
         return read_file(path) if split == "train" else None
@@ -184,7 +190,7 @@ def read_rows(name: str, config: str | None, split: str, is_lazy: bool = False) 
     if path.suffix in FILE_TYPES or name.startswith(("/", "./", "../", "~")):
         raise UserError(f"dataset_name {name}: no such file.")
 
-    config = config or (BY_HUB_ID[name].config if name in BY_HUB_ID else None)
+    config = config or HUB_CONFIGS.get(name)
     root = os.environ.get("L2T_DATA_ROOT")
     if root:
         folder = Path(root, name, config or "")
@@ -260,6 +266,8 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
 
     if len(rows) == 0:
         raise UserError(f"{name}: the data set has no rows.")
+    if has_tests(rows):
+        rows = with_tests(rows, name, training_args.on_bad_row)
     names = list(dict.fromkeys(key for row in rows for key in row))
     names_columns = script_args.question_column is not None or training_args.answer_column != "answer"
     if is_verl(rows) and not names_columns:

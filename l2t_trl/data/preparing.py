@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l2t_trl.answers import understood
+from l2t_trl.data.code import TESTS, has_tests, with_tests
 from l2t_trl.data.loading import find_columns, generate_rows, no_column, no_split, read_rows
 from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, is_generated, plain_gold
 from l2t_trl.data.resolving import RAW_ANSWER, benchmark_overlap, resolve_split
@@ -92,12 +93,15 @@ def _plain_rows(request: Request, rows: Sequence[dict[str, Any]]) -> list[dict[s
     """Name the columns of rows that no registry knows."""
     if rows and is_verl(rows) and request.question_column is None and request.answer_column is None:
         rows = [from_verl(row) for row in rows]
+    if has_tests(rows):
+        rows = with_tests(rows, request.name, on_bad_row="stop")
     names = list(dict.fromkeys(key for row in rows for key in row))
     question_column, answer_column, golds = find_columns(
         request.name, names, request.question_column, request.answer_column or "answer"
     )
+    has_golds = not has_tests(rows) or answer_column in names
     for setting, column in (("question_column", question_column), ("answer_column", answer_column)):
-        if rows and column not in names:
+        if rows and column not in names and (has_golds or setting == "question_column"):
             raise UserError(no_column(request.name, column, setting, names))
     plain = []
     for index, row in enumerate(rows):
@@ -107,9 +111,9 @@ def _plain_rows(request: Request, rows: Sequence[dict[str, Any]]) -> list[dict[s
         head = {
             "id": str(row["id"]) if row.get("id") is not None else str(index),
             "prompt" if isinstance(question, list) else "question": question,
-            "answer": gold[0] if isinstance(gold, list) else gold,
-            RAW_ANSWER: row.get(answer_column),
         }
+        if has_golds:
+            head |= {"answer": gold[0] if isinstance(gold, list) else gold, RAW_ANSWER: row.get(answer_column)}
         if isinstance(gold, list):
             head[ACCEPTED] = gold
         plain.append(head | {k: v for k, v in row.items() if k not in {*head, question_column, answer_column}})
@@ -128,7 +132,7 @@ def find_problems(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
         question = row.get("question", row.get("prompt"))
         if not question or not str(question).strip():
             problems["no question"].append(number)
-        elif not plain_gold(row["answer"]):
+        elif not plain_gold(row.get("answer")) and not row.get(TESTS):
             problems["no answer"].append(number)
         elif row["id"] in ids:
             problems["id of an earlier row"].append(number)
@@ -169,7 +173,7 @@ def not_understood(rows: Sequence[dict[str, Any]]) -> list[int]:
     """Return the numbers of the rows with a gold answer that can be compared with nothing but the same text."""
     from tqdm.auto import tqdm
 
-    numbers = [number for number, row in enumerate(rows) if row["answer"] and not row.get("reasoning_task")]
+    numbers = [number for number, row in enumerate(rows) if row.get("answer") and not row.get("reasoning_task")]
     bad = []
     for start in tqdm(
         range(0, len(numbers), UNDERSTOOD_CHUNK), "Reading answers", disable=len(rows) < PROGRESS_FROM, leave=False

@@ -12,6 +12,7 @@ from l2t_trl.errors import UserError
 
 
 ARITHMETIC = "arithmetic"
+PYTHON_FUNCTIONS = "python-functions"
 REASONING = "reasoning_gym"
 # Column with all right answers of a question that has several; `answer` is the first.
 ACCEPTED = "accepted_answers"
@@ -223,11 +224,13 @@ SOURCES: dict[str, Source] = {
     )
 }
 BY_HUB_ID = {source.hub_id: source for source in SOURCES.values()}
+# Configurations on the Hub where none is asked for.
+HUB_CONFIGS = {source.hub_id: source.config for source in SOURCES.values()} | {"google-research-datasets/mbpp": "full"}
 
 
 def all_names() -> list[str]:
     """Return the names that `--dataset_name` takes beside paths and Hub ids."""
-    return [*SOURCES, ARITHMETIC, f"{REASONING}:NAME"]
+    return [*SOURCES, ARITHMETIC, PYTHON_FUNCTIONS, f"{REASONING}:NAME"]
 
 
 def is_generated(name: str) -> bool:
@@ -244,6 +247,6 @@ def nearest(name: str, names) -> str:
 def unknown_name(name: str) -> UserError:
     """Return the error for a name that is neither ours nor a path."""
     return UserError(
-        f"{name!r} is no known data set.{nearest(name, [*SOURCES, ARITHMETIC, REASONING])} Known are "
+        f"{name!r} is no known data set.{nearest(name, [*SOURCES, ARITHMETIC, PYTHON_FUNCTIONS, REASONING])} Known are "
         f"{', '.join(all_names())}; beside these a Hub id (owner/name) or a path can be given."
     )

@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> int:
 def list_sets(args: argparse.Namespace) -> int:
     """Print a table of the known data sets."""
     from l2t_trl.data.benchmarks import BENCHMARKS
-    from l2t_trl.data.registry import ARITHMETIC, REASONING, SOURCES
+    from l2t_trl.data.python_functions import TEST_SIZE, TRAIN_SIZE
+    from l2t_trl.data.registry import ARITHMETIC, PYTHON_FUNCTIONS, REASONING, SOURCES
 
     table = [("name", "rows", "use", "licence", "source")]
     for source in SOURCES.values():
@@ -80,6 +81,9 @@ def list_sets(args: argparse.Namespace) -> int:
         if benchmark.name not in {*SOURCES, ARITHMETIC}:
             table.append((benchmark.name, f"test {benchmark.num_rows}", "benchmark", "-", "-"))
     table.append((ARITHMETIC, "any number", "train, benchmark", "Apache-2.0", "l2t_trl (made here)"))
+    table.append(
+        (PYTHON_FUNCTIONS, f"train {TRAIN_SIZE}, test {TEST_SIZE}", "train", "Apache-2.0", "l2t_trl (made here)")
+    )
     table.append((f"{REASONING}:NAME", "any number", "train", "Apache-2.0", "reasoning-gym (made here)"))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:

@@ -44,7 +44,7 @@ class L2TScriptArguments:
         instruction (`str`, *optional*):
             Text appended to every question behind a line break.
         reward_funcs (`list[str]`, *optional*, defaults to `["accuracy"]`):
-            Outcome rewards: `accuracy`, `format`, or the dotted path of a function such as
+            Outcome rewards: `accuracy`, `format`, `code`, or the dotted path of a function such as
             `trl.rewards.think_format_reward`.
         eval_before_after (`bool`, *optional*, defaults to `True`):
             Whether to evaluate on the test rows before and after training and to write the report.
@@ -93,7 +93,7 @@ class L2TScriptArguments:
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy"],
-        metadata={"help": "Outcome rewards: accuracy, format, or the dotted path of a function."},
+        metadata={"help": "Outcome rewards: accuracy, format, code, or the dotted path of a function."},
     )
     eval_before_after: bool = field(
         default=True, metadata={"help": "Evaluate before and after training and write the report."}
