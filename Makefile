@@ -19,6 +19,7 @@ VLLM_VERSION := 0.31.0
 MODEL ?= tiny
 METHOD ?= l2t
 MODEL_PATH ?=
+JOBS ?= 2
 ARGS ?=
 
 # Of each model: the folder of its recipes, the data sets that they have (the first is the default), and what starts
@@ -47,7 +48,8 @@ ACCELERATE_deepscaler := zero2
 
 DATA ?= $(firstword $(DATA_$(MODEL)))
 ACCELERATE ?= $(ACCELERATE_$(MODEL))
-VLLM ?= $(if $(filter tiny smollm2,$(MODEL)),0,1)
+# Rollouts from vLLM are the faster ones on a CPU, too (docs/performance.md).
+VLLM ?= 1
 WITH_VLLM := $(filter 1,$(VLLM))
 # one-of: NAME, list of what there is
 one-of = $(if $(filter $($1),$2),,$(error $1=$($1) is none of: $2))
@@ -78,8 +80,8 @@ train: $(PACKAGE) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) $(if $(WITH_VLLM),
 base: $(PACKAGE)  ## Make the embedded base model (l2t_trl/tiny/model) anew
 	$(BIN)/python -m l2t_trl.scripts.base $(ARGS)
 
-test: $(PACKAGE) $(SMOLLM2) $(VLLM_INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(PACKAGE) $(SMOLLM2) $(VLLM_INSTALLED)  ## Run the tests, JOBS files at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(PACKAGE)  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -132,5 +134,5 @@ $(VLLM_INSTALLED): | $(PACKAGE)
 			if "extra ==" not in line and not line.startswith(("torch", "xgrammar"))), sep="\n")' \
 			> $(VENV)/vllm-requirements.txt && \
 		$(BIN)/pip install --progress-bar off --constraint $(VENV)/constraints.txt -r $(VENV)/vllm-requirements.txt; \
-	fi
+	fi || { echo 'vLLM could not be installed. make train VLLM=0 does without it.' >&2; exit 1; }
 	@touch $@
