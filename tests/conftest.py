@@ -51,27 +51,30 @@ def tiny_tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory, tiny_tokenizer):
-    """Folder of a Qwen2 model with random weights (2 layers, width 64) and `tiny_tokenizer`, in the Hub's layout."""
+def write_qwen2(folder, tokenizer, **settings):
+    """Write a Qwen2 model with random weights (2 layers, width 64) and a tokenizer, in the Hub's layout."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(tiny_tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny"
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tiny_tokenizer):
+    """Folder of a Qwen2 model with random weights (2 layers, width 64) and `tiny_tokenizer`, in the Hub's layout."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_qwen2(folder, tiny_tokenizer, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
     return folder

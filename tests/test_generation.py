@@ -20,10 +20,11 @@ import pytest
 import requests
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 from trl import import_utils
 from trl.import_utils import is_vllm_available
 
+from conftest import write_qwen2
 from l2t_trl import L2TTrainer
 from l2t_trl.checkpoints import last_complete_checkpoint
 from l2t_trl.cli import main
@@ -45,23 +46,8 @@ needs_vllm = pytest.mark.skipif(not is_vllm_available(), reason="vLLM is not ins
 @pytest.fixture(scope="module")
 def tied_folder(tmp_path_factory, tiny_tokenizer):
     """A model with what is hard: its lm_head is the embedding. vLLM has no CPU kernel for heads narrower than 32."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
     folder = tmp_path_factory.mktemp("models") / "tied"
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    write_qwen2(folder, tiny_tokenizer, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     return folder
 
 

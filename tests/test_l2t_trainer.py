@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 import literal
 from l2t_trl import L2TTrainer
 from l2t_trl.episodes import segment, token_bytes
+from l2t_trl.errors import RolloutError
 from l2t_trl.model_card import write_model_card
 from l2t_trl.proxy import proxy_module_names
 from l2t_trl.scoring import Scorer
@@ -382,3 +383,50 @@ def test_bad_rows_can_be_dropped(tagged_folder, tmp_path):
         make_trainer(L2TTrainer, tagged_folder, tmp_path, dataset=dataset)
     trainer = make_trainer(L2TTrainer, tagged_folder, tmp_path, dataset=dataset, on_bad_row="drop")
     assert len(trainer.train_dataset) == 5
+
+
+def failing_rollouts(trainer, at: int):
+    """Let the rollout of that number fail as one does whose server has gone."""
+    generate, calls = trainer._generate_single_turn, []
+
+    def fail_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise RolloutError("The server has gone.")
+        return generate(*args, **kwargs)
+
+    trainer._generate_single_turn = fail_once
+
+
+def test_a_run_whose_rollouts_fail_loses_nothing(tagged_folder, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 100}
+    unbroken = make_trainer(L2TTrainer, tagged_folder, tmp_path / "a", **settings)
+    unbroken.train()
+    broken = make_trainer(L2TTrainer, tagged_folder, tmp_path / "b", **settings)
+    failing_rollouts(broken, at=3)
+    with pytest.raises(RolloutError, match="has gone. Step 2 is saved; go on from it with --resume_from_checkpoint"):
+        broken.train()
+    assert [folder.name for folder in (tmp_path / "b").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = make_trainer(L2TTrainer, tagged_folder, tmp_path / "b", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert all_equal(weights(resumed), weights(unbroken))
+
+
+def test_a_step_whose_second_rollout_fails_is_made_anew(tagged_folder, tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 1}
+    settings |= {"max_steps": 3, "save_strategy": "steps", "save_steps": 100}
+    broken = make_trainer(L2TTrainer, tagged_folder, tmp_path, **settings)
+    failing_rollouts(broken, at=4)  # two of each step
+    with pytest.raises(RolloutError, match="Step 1 is saved"):
+        broken.train()
+    resumed = make_trainer(L2TTrainer, tagged_folder, tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [entry["step"] for entry in resumed.state.log_history if "reward" in entry] == [1, 2, 3]
+
+
+def test_a_first_rollout_that_fails_has_nothing_to_save(tagged_folder, tmp_path):
+    trainer = make_trainer(L2TTrainer, tagged_folder, tmp_path, save_strategy="steps")
+    failing_rollouts(trainer, at=1)
+    with pytest.raises(RolloutError, match="^The server has gone.$"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -196,13 +197,20 @@ def test_all_models_but_tiny_have_gsm8k():
 
 def make(*words: str) -> subprocess.CompletedProcess:
     # PYTHON said: else every call looks for one.
-    command = ["make", "-n", *words, "PYTHON=python3"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_make("-n", *words, "PYTHON=python3")
+
+
+def run_make(*words: str) -> subprocess.CompletedProcess:
+    # As from a shell, also where `make test` runs this.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 def makefile_table() -> dict[str, list[str]]:
     """Data sets of each MODEL, as `make help` shows them."""
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = run_make("help").stdout
     rows = [re.split(r" {2,}", line.strip()) for line in shown.split("MODEL=")[-1].splitlines()[1:]]
     return {row[0]: row[2].split() for row in rows}
 
