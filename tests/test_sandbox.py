@@ -1,6 +1,8 @@
 """The sandbox against programs that mean harm: it stays alive, judges right, and nothing is left behind."""
 
 import os
+import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,11 +23,18 @@ RIGHT = "def double(x):\n    return 2 * x\n"
 SECRET = "the secret of the home folder"
 
 
+def _is_permitted(isolation: str) -> bool:
+    """Whether the system permits it, asked without the code under test: what is broken shall fail, not be skipped."""
+    if sys.platform != "linux" or isolation == "seccomp":
+        return sys.platform == "linux" and platform.machine() == "x86_64"
+    command = ["unshare", "--user", "--mount", "--net", "--ipc", "--pid", "--fork", "true"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
 def _sandbox(isolation, **kwargs):
-    try:
-        return Sandbox(workers=1, limits=LIMITS, isolation=isolation, **kwargs)
-    except UserError as error:
-        pytest.skip(f"not permitted on this machine: {error}")
+    if not _is_permitted(isolation):
+        pytest.skip(f"this system permits no {isolation}")
+    return Sandbox(workers=1, limits=LIMITS, isolation=isolation, **kwargs)
 
 
 @pytest.fixture(scope="module", params=["namespaces", "seccomp"])
@@ -458,7 +467,9 @@ def test_settings_that_are_none(name, value):
         Sandbox(**{name: value})
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to become")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not _is_permitted("namespaces"), reason="needs another user to become, and namespaces"
+)
 def test_users_who_are_not_root_have_namespaces_too():
     # Where Python lies in root's home folder, another user is shown a copy of the path to it.
     code = f"""
