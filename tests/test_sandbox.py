@@ -216,7 +216,7 @@ def test_others_are_not_signalled(sandbox):
     targets = [me, os.getppid(), -os.getpgrp(), -1, 0, 1]
     lines = [f"os.kill({pid}, {number})" for pid in targets for number in (9, 15, 2) if (pid, number) != (1, 0)]
     lines += ["os.kill(os.getppid(), 9)", "os.killpg(os.getpgrp(), 9)", f"os.killpg({os.getpgrp()}, 9)"]
-    assert _judge(sandbox, _trying(*lines), NOTHING_WORKED).status in ("passed", "failed")
+    assert _judge(sandbox, _trying(*lines), NOTHING_WORKED) == Verdict("passed")
     assert _judge(sandbox, RIGHT).passed
 
 
