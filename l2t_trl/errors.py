@@ -11,3 +11,9 @@ class RolloutError(RuntimeError):
 
     All ranks raise it together. The commands show its message alone and end with exit code 1.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line and not too long to stand inside another message."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -7,8 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from l2t_trl.errors import UserError
+from l2t_trl.errors import UserError, one_line
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 TINY_FOLDER = Path(__file__).parent / "tiny" / "model"
@@ -102,6 +107,38 @@ def load_tokenizer(model_path: str, revision: str = "main"):
     if not tokenizer("1", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model folder {model_path} holds no usable tokenizer (it encodes nothing).")
     return tokenizer
+
+
+def load_model(path: str, dtype: str) -> "PreTrainedModel":
+    """
+    Load a causal language model, or one with adapters, onto the GPU if there is one.
+
+    Raises:
+        UserError: if its weights cannot be loaded, are incomplete or not finite.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if Path(path, "adapter_config.json").exists():
+            from peft import AutoPeftModelForCausalLM
+
+            model, missing = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype), ()
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            missing = loading["missing_keys"]
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"--model {path}: its weights cannot be loaded ({one_line(error)}).") from error
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise UserError(
+            f"--model {path}: its weights are incomplete: {', '.join(sorted(missing)[:3])} and so on are missing."
+        )
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"--model {path}: its weights are not finite, {broken} for one; try --dtype float32.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def cache_folder() -> Path:

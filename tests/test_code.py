@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -20,7 +19,7 @@ from l2t_trl.evaluation.code import extract_code, run_tests
 from l2t_trl.evaluation.sandbox import Job, shared_sandbox
 from l2t_trl.rewards import code, get_reward_funcs
 from l2t_trl.scripts.train import L2TScriptArguments
-from trainers import make_trainer
+from trainers import loading_settings, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +233,7 @@ def test_tests_that_are_no_python_are_reported_with_their_row(caplog):
 @pytest.fixture
 def args():
     """The trainer's settings that loading reads."""
-    return SimpleNamespace(
-        seed=0, answer_column="answer", correctness_estimator="rollout", max_prompt_length=4096, on_bad_row="stop"
-    )
+    return loading_settings(correctness_estimator="rollout", max_prompt_length=4096)
 
 
 def test_mbpp_under_the_data_root(tmp_path, monkeypatch, args, tiny_tokenizer, sandbox):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -12,6 +11,7 @@ from l2t_trl.data.loading import load_rows, read_rows
 from l2t_trl.data.registry import gsm8k_answer
 from l2t_trl.errors import UserError
 from l2t_trl.scripts.train import L2TScriptArguments
+from trainers import loading_settings
 
 
 GSM8K_ROWS = [
@@ -24,13 +24,7 @@ GSM8K_ROWS = [
 @pytest.fixture
 def args():
     """The trainer's settings that loading reads."""
-    return SimpleNamespace(
-        seed=0,
-        answer_column="answer",
-        correctness_estimator="answer_likelihood",
-        max_prompt_length=4096,
-        on_bad_row="stop",
-    )
+    return loading_settings(max_prompt_length=4096)
 
 
 def write_rows(path, rows):

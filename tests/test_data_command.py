@@ -12,6 +12,7 @@ from l2t_trl.data.loading import load_rows
 from l2t_trl.data.preparing import write_rows
 from l2t_trl.errors import UserError
 from l2t_trl.scripts.train import L2TScriptArguments
+from trainers import loading_settings
 
 
 ROWS = [
@@ -23,13 +24,7 @@ ROWS = [
 
 @pytest.fixture
 def args():
-    return SimpleNamespace(
-        seed=0,
-        answer_column="answer",
-        correctness_estimator="answer_likelihood",
-        max_prompt_length=None,
-        on_bad_row="stop",
-    )
+    return loading_settings()
 
 
 @pytest.fixture

@@ -342,7 +342,7 @@ def test_weights_survive_the_folder(tmp_path, monkeypatch):
         last = folder.finish()
         # Until the server has the new ones, the old ones are there.
         assert len(list(tmp_path.glob("l2t-weights-*"))) == (1 if scale == 1.0 else 2)
-    folder.drop_older()
+    folder.drop_others()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["l2t-weights-2", "mine"]
     files = sorted(last.iterdir())
     assert len(files) == 2  # 80 bytes each: two to a file, then what is left

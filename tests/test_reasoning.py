@@ -1,7 +1,6 @@
 """Tasks of reasoning-gym, where it is installed."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +8,7 @@ from l2t_trl.data.loading import load_rows
 from l2t_trl.errors import UserError
 from l2t_trl.rewards import accuracy
 from l2t_trl.scripts.train import L2TScriptArguments
+from trainers import loading_settings
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -93,13 +93,7 @@ def test_world_that_is_too_small(reasoning):
 
 
 def test_training_rows(reasoning, tiny_tokenizer):
-    args = SimpleNamespace(
-        seed=5,
-        answer_column="answer",
-        correctness_estimator="answer_likelihood",
-        max_prompt_length=None,
-        on_bad_row="stop",
-    )
+    args = loading_settings(seed=5)
     script = L2TScriptArguments(dataset_name="reasoning_gym:chain_sum", train_size=8, test_size=4, instruction="Box.")
     train, test = load_rows(script, args, tiny_tokenizer)
     assert (len(train), len(test)) == (8, 4)

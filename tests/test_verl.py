@@ -1,7 +1,6 @@
 """verl's layout, written and read."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
@@ -11,6 +10,7 @@ from l2t_trl.data.loading import load_rows
 from l2t_trl.data.verl import L2T_SYSTEM_PROMPT, from_verl, is_verl, to_verl
 from l2t_trl.errors import UserError
 from l2t_trl.scripts.train import L2TScriptArguments
+from trainers import loading_settings
 
 
 SOLUTION = "He has 2,000 + 125 = <<2000+125=2125>>2,125.\n#### 2,125"
@@ -19,13 +19,7 @@ QUESTION = "How many clips?"
 
 @pytest.fixture
 def args():
-    return SimpleNamespace(
-        seed=0,
-        answer_column="answer",
-        correctness_estimator="answer_likelihood",
-        max_prompt_length=None,
-        on_bad_row="stop",
-    )
+    return loading_settings()
 
 
 @pytest.fixture

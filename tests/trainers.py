@@ -1,5 +1,7 @@
 """Builders of small trainers."""
 
+from types import SimpleNamespace
+
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -47,3 +49,9 @@ def make_trainer(trainer_class, folder, output_dir, *, reward=parity, dataset=No
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=peft_config,
     )
+
+
+def loading_settings(**changes) -> SimpleNamespace:
+    """What loading data reads of the trainer's settings."""
+    defaults = {"seed": 0, "answer_column": "answer", "correctness_estimator": "answer_likelihood"}
+    return SimpleNamespace(**{**defaults, "max_prompt_length": None, "on_bad_row": "stop", **changes})

@@ -57,7 +57,7 @@ class TransformersEngine:
     """
 
     def __init__(self, path: str, tokenizer, dtype: str):
-        from ..scripts.score import load_model
+        from ..models import load_model
 
         self.model, self.tokenizer = load_model(path, dtype), tokenizer
         self.end_ids = end_ids_of(self.model.generation_config, tokenizer)
@@ -174,7 +174,7 @@ def _merged(path: str, tokenizer, dtype: str, folder: Path) -> str:
     """Write a model with its adapters merged into its weights; vLLM then needs to know nothing of them."""
     import torch
 
-    from ..scripts.score import load_model
+    from ..models import load_model
 
     try:
         load_model(path, dtype).merge_and_unload().save_pretrained(folder)

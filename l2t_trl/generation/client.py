@@ -117,9 +117,10 @@ class RolloutClient(VLLMClient):
         theirs = self._call_workers("describe_model")[0]
         ours = {size: getattr(config, size, None) for size in MODEL_SIZES}
         if theirs != ours:
-            differences = [f"{size} {theirs.get(size)} instead of {ours[size]}" for size in ours]
             differences = [
-                text for text, size in zip(differences, ours, strict=True) if theirs.get(size) != ours[size]
+                f"{size} {theirs.get(size)} instead of {value}"
+                for size, value in ours.items()
+                if theirs.get(size) != value
             ]
             raise ValueError(
                 f"The vLLM server at {self.base_url} serves another model, {self.model}: {', '.join(differences)}. "
@@ -152,7 +153,7 @@ class RolloutClient(VLLMClient):
         """
         folder = self.weight_folder.finish()
         self._persistently(lambda: self._load(folder))
-        self.weight_folder.drop_older()
+        self.weight_folder.drop_others()
 
     def _load(self, folder: Path) -> None:
         self._call_workers("load_weight_folder", str(folder))

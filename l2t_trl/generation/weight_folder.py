@@ -30,10 +30,10 @@ class WeightFolder:
         self._number, self._pending, self._pending_bytes, self._num_files = 0, {}, 0, 0
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._remove_others()
+            self.drop_others()
             self._new.mkdir()
             (self._new / "writable").write_bytes(b"")
-            self._remove_others()
+            self.drop_others()
         except OSError as error:
             raise ValueError(f"weight_sync_dir {root} cannot be written ({error.strerror}). Set another.") from error
 
@@ -55,7 +55,7 @@ class WeightFolder:
             self._guarded(self._flush)
 
     def finish(self) -> Path:
-        """Complete the set and return its folder; the one before it is still there until [`drop_older`]."""
+        """Complete the set and return its folder; the one before it is still there until [`drop_others`]."""
 
         def move() -> Path:
             if self._pending:
@@ -65,9 +65,11 @@ class WeightFolder:
         self.current = self._guarded(move)
         return self.current
 
-    def drop_older(self) -> None:
-        """Remove what is not the current set."""
-        self._remove_others()
+    def drop_others(self) -> None:
+        """Remove every set but the current one."""
+        for folder in self.root.glob(f"{_PREFIX}*"):
+            if folder != self.current:
+                shutil.rmtree(folder)
 
     def _flush(self) -> None:
         self._num_files += 1
@@ -85,8 +87,3 @@ class WeightFolder:
                 f"The weights could not be written to weight_sync_dir {self.root} ({error}). Make room there, or set "
                 "another folder."
             ) from error
-
-    def _remove_others(self) -> None:
-        for folder in self.root.glob(f"{_PREFIX}*"):
-            if folder != self.current:
-                shutil.rmtree(folder)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import write_whole
-from ..models import resolve_model
+from ..models import load_model, resolve_model
 from .options import add_trainer_options, count
 
 
@@ -162,7 +162,7 @@ def read_rows(path: str | Path) -> tuple[list[Row], list[tuple[int, str]]]:
         # Split at \n alone: other line breaks of Unicode may stand inside a JSON string.
         lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: cannot be read ({_one_line(error)}).") from error
+        raise UserError(f"--data {path}: cannot be read ({one_line(error)}).") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -219,36 +219,9 @@ def load_tokenizer(path: str) -> tuple["PreTrainedTokenizerBase", int]:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
-            f"--model {path}: its configuration or tokenizer cannot be loaded ({_one_line(error)})."
+            f"--model {path}: its configuration or tokenizer cannot be loaded ({one_line(error)})."
         ) from error
     return tokenizer, size
-
-
-def load_model(path: str, dtype: str) -> "PreTrainedModel":
-    """Load a causal language model, or one with adapters, onto the GPU if there is one."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        if Path(path, "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
-
-            model, missing = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype), ()
-        else:
-            model, loading = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-            missing = loading["missing_keys"]
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"--model {path}: its weights cannot be loaded ({_one_line(error)}).") from error
-    if missing:
-        # transformers would go on with random numbers in their place.
-        raise UserError(
-            f"--model {path}: its weights are incomplete: {', '.join(sorted(missing)[:3])} and so on are missing."
-        )
-    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
-    if broken is not None:
-        raise UserError(f"--model {path}: its weights are not finite, {broken} for one; try --dtype float32.")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def score_rows(
@@ -390,7 +363,7 @@ def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"not JSON ({_one_line(error)})") from error
+        raise BadRow(f"not JSON ({one_line(error)})") from error
     if not isinstance(row, dict):
         raise BadRow(f"not a JSON object, got {_brief(row)}")
     for name in ("prompt", "answer"):
@@ -447,7 +420,7 @@ def _encode(row: Row, tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
         except (ValueError, TemplateError) as error:
-            raise BadRow(f"`prompt`: the chat template does not take it ({_one_line(error)})") from error
+            raise BadRow(f"`prompt`: the chat template does not take it ({one_line(error)})") from error
     if not row.prompt_ids:
         raise BadRow("`prompt` has no token")
     if not tokenizer(answer, add_special_tokens=False)["input_ids"]:
@@ -490,14 +463,14 @@ def _check_outputs(args: argparse.Namespace) -> None:
             with tempfile.TemporaryFile(dir=Path(path).parent):
                 pass
         except OSError as error:
-            raise UserError(f"{option} {path}: cannot be written ({_one_line(error)}).") from error
+            raise UserError(f"{option} {path}: cannot be written ({one_line(error)}).") from error
 
 
 def _write(path: str, text: str) -> None:
     try:
         write_whole(Path(path), text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({_one_line(error)}).") from error
+        raise UserError(f"{path}: cannot be written ({one_line(error)}).") from error
 
 
 def _summary(results: list[dict[str, Any]]) -> str:
@@ -508,11 +481,6 @@ def _summary(results: list[dict[str, Any]]) -> str:
     ) / len(results)
     num_correct = sum(row["outcome"] == 1 for row in results)
     return f"{num_correct} correct, {num_episodes} episodes, mean J {before:.3f} before and {after:.3f} after them"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _brief(value: Any) -> str:
