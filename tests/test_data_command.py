@@ -1,6 +1,7 @@
 """`l2t data`: list, show, prepare."""
 
 import json
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -165,19 +166,23 @@ def test_files_are_replaced_only_on_demand(write, tmp_path, error_of):
     assert len(read(folder / "train.jsonl")) == 2
 
 
+@pytest.mark.parametrize("limit", [100, 20_000], ids=["at the start", "in the middle"])
 @pytest.mark.parametrize("file_type", ["jsonl", "parquet"])
-def test_full_disk_is_one_message_and_leaves_the_old_file(write, tmp_path, file_type):
+def test_full_disk_is_one_message_and_leaves_the_old_file(write, tmp_path, file_type, limit):
     folder = tmp_path / "out"
-    argv = ["data", "prepare", write(ROWS[:2]), "--output", str(folder), "--format", file_type]
+    # More than pyarrow keeps before it writes (a page is 1 MiB), and not much shorter when compressed.
+    rows = [{"question": random.Random(index).randbytes(10_000).hex(), "answer": "1"} for index in range(150)]
+    argv = ["data", "prepare", write(rows), "--output", str(folder), "--format", file_type]
     assert main(argv) == 0
     path = folder / f"train.{file_type}"
     before = path.read_bytes()
-    # No file may grow beyond 100 bytes: what a full disk does, but with another number of the error.
+    assert len(before) > limit
+    # No file may grow beyond the limit: what a full disk does, but with another number of the error.
     code = f"""
 import resource, sys
 from l2t_trl.cli import main
 import datasets
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.exit(main({[*argv, "--overwrite"]!r}))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

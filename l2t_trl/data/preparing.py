@@ -1,5 +1,6 @@
 """Data sets as files: every split resolved to plain rows, looked through, and written whole or not at all."""
 
+import io
 import json
 import os
 from collections import Counter, defaultdict
@@ -14,6 +15,7 @@ from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, is_generated, pl
 from l2t_trl.data.resolving import RAW_ANSWER, benchmark_overlap, resolve_split
 from l2t_trl.data.verl import from_verl, is_verl, to_verl
 from l2t_trl.errors import UserError
+from l2t_trl.files import write_whole
 
 
 SPLITS = ("train", "test")
@@ -191,14 +193,20 @@ def verl_rows(
     Return `rows` in verl's layout, see [`l2t_trl.data.verl.to_verl`].
 
     Raises:
-        UserError: if a row holds a chat rather than a question.
+        UserError: if a row holds a chat rather than a question, or has no gold answer, or if they are verl's already.
     """
     source = SOURCES.get(request.name) or BY_HUB_ID.get(request.name)
     has_several = any(row.get(ACCEPTED) for row in rows)
+    if rows and all("data_source" in row and "ability" in row for row in rows):
+        raise UserError(f"{request.name} is in verl's layout already; its questions would get a second instruction.")
     converted = []
     for index, row in enumerate(rows):
         if "question" not in row:
             raise UserError(f"{request.name}: row {index} holds a chat, to which no instruction can be added.")
+        if RAW_ANSWER not in row:
+            raise UserError(
+                f"{request.name}: row {index} has tests in place of a gold answer, for which verl's layout has no column."
+            )
         raw = plain_gold(row[RAW_ANSWER])
         one = to_verl(
             row["question"],
@@ -251,14 +259,17 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]):
         if path.suffix == ".parquet":
             from datasets import Dataset
 
-            Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}).to_parquet(str(partial))
+            # In memory first: pyarrow ends the process where a file on a full disk takes no more.
+            content = io.BytesIO()
+            Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}).to_parquet(content)
+            write_whole(path, content.getvalue())
         else:
             with open(partial, "w", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. If it was there before, it is as it was. Make room, "
