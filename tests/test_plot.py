@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +15,13 @@ from PIL import Image
 from l2t_trl.cli import main
 from l2t_trl.evaluation import write_report
 from l2t_trl.evaluation.compare import read_runs
-from l2t_trl.evaluation.figures import spread
+from l2t_trl.evaluation.figures import COLOURS, spread
 from test_report import AFTER, BEFORE, CONFIG, HOSTILE, Page, is_drawn, log_history
 
 
 NUMBERS = {
     "num_questions": 4,
+    "num_completions": 8,
     "num_unjudged": 0,
     "accuracy": 0.5,
     "accuracy_interval": [0.2, 0.8],
@@ -25,6 +29,8 @@ NUMBERS = {
     "median_tokens": 11.0,
     "tokens_per_correct": 24.0,
     "truncated_share": 0.0,
+    "pass_at": {"1": 0.5, "2": 0.625},
+    "majority_at": {"1": 0.5, "2": None},
 }
 DEPTH = {"episodes": [0, 1, 2], "accuracy": [0.0, 0.4, 0.5], "majority": [0.0, 0.5, 0.5], "tokens": [0.0, 6.0, 10.0]}
 BUDGET = {"budgets": [0, 10, 20], "accuracy": [0.0, 0.25, 0.5], "accuracy_when_asked": [0.0, 0.5, 0.5]}
@@ -71,9 +77,82 @@ def test_page_is_self_contained_and_holds_the_drawings(tmp_path):
         assert source.startswith("data:image/png;base64,")
         Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).verify()
     assert "url(" not in html and "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in html
-    # What is measured stands in the table: accuracy, interval, tokens, per correct answer, cut off.
-    assert "<td>base</td><td>50.0</td><td>20.0 to 80.0</td><td>12.0</td><td>24.0</td><td>0.0</td>" in html
-    assert "<td>arithmetic</td><td>one, after</td><td>75.0</td>" in html
+    # What is measured stands in the table.
+    assert cells_of(html, "base") == ["4", "2", "50.0", "20.0 to 80.0", "62.5 (2)", "-", "12.0", "11.0", "24.0", "0.0"]
+    assert cells_of(html, "one, after")[:3] == ["4", "1", "75.0"]
+
+
+def cells_of(html, run):
+    """The cells of the first line of a run."""
+    line = re.search(rf'<tr><th scope="row">{re.escape(run)}</th>(.*?)</tr>', html)[1]
+    return re.findall("<td>(.*?)</td>", line)
+
+
+def test_page_says_what_its_drawings_show_in_their_own_size(tmp_path):
+    runs = [write_evaluation(tmp_path / "base"), write_training(tmp_path / "one")]
+    assert main(["plot", *runs, "--output", str(tmp_path / "plots")]) == 0
+    html = (tmp_path / "plots" / "index.html").read_text()
+    images = [dict(attributes) for attributes in image_attributes(html)]
+    for image in images:
+        pixels = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))).size
+        # 150 dots to an inch in the file, 96 on a page: letters have one size in all drawings.
+        assert (int(image["width"]), int(image["height"])) == tuple(round(size * 96 / 150) for size in pixels)
+        assert int(image["width"]) <= 960
+    texts = " ".join(image["alt"] for image in images)
+    assert "base, gsm8k: 50.0 % correct, 12 tokens" in texts
+    assert "base, 0.0 % correct at 0, 50.0 % correct at 2" in texts
+    assert "base, 50.0 % correct within 20 tokens" in texts
+    assert "one, outcome reward from 0.51 to 0.7 (mean reward)" in texts
+
+
+def image_attributes(html):
+    found = []
+    for tag, name, value in Page(html).attributes:
+        if tag == "img" and name == "alt":
+            found.append([])
+        if tag == "img":
+            found[-1].append((name, value))
+    return found
+
+
+def test_tiers_stand_in_a_table_of_their_own(tmp_path):
+    run = write_evaluation(tmp_path / "base", tiers={"1": NUMBERS | {"accuracy": 0.75}, "2": NUMBERS})
+    assert main(["plot", run, "--output", str(tmp_path / "plots")]) == 0
+    html = (tmp_path / "plots" / "index.html").read_text().partition("By difficulty tier")[2]
+    assert [name for name in re.findall("<span>(.*?)</span>", html)] == ["gsm8k, tier 1", "gsm8k, tier 2"]
+    assert cells_of(html, "base")[2] == "75.0"
+
+
+def test_a_run_has_one_colour_in_all_drawings(tmp_path):
+    """The second benchmark has the second run alone, which would be the first colour there."""
+    runs = [write_evaluation(tmp_path / name) for name in ("a", "b")]
+    write_evaluation(tmp_path / "b", benchmark="math500")
+    assert main(["plot", *runs, "--output", str(tmp_path / "plots")]) == 0
+    for name in ("bars.png", "depth-math500.png", "budget-math500.png"):
+        assert has_colour(tmp_path / "plots" / name, COLOURS[1])
+    assert not has_colour(tmp_path / "plots" / "budget-math500.png", COLOURS[0])
+    # The curves of a training have the colour of its model after it; that before it comes first.
+    training = write_training(tmp_path / "one")
+    assert main(["plot", training, "--output", str(tmp_path / "more")]) == 0
+    assert has_colour(tmp_path / "more" / "training.png", COLOURS[1])
+    assert has_colour(tmp_path / "more" / "bars.png", COLOURS[0])
+
+
+def has_colour(path, colour):
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    return (pixels == wanted).all(axis=1).sum() > 50
+
+
+def test_equal_curves_and_many_long_names_are_drawn(tmp_path):
+    name = "a-name-that-is-far-too-long-to-stand-beside-its-curve-{}"
+    runs = [write_evaluation(tmp_path / name.format(number)) for number in range(9)]
+    for benchmark in ("aime24", "aime25", "amc23", "math500", "minerva", "omni-math"):
+        for run in runs:
+            write_evaluation(Path(run), benchmark=benchmark, depth_curve={"episodes": []})
+    assert main(["plot", *runs, "--output", str(tmp_path / "plots")]) == 0
+    for path in (tmp_path / "plots").glob("*.png"):
+        assert is_drawn(path) and Image.open(path).size[0] <= 1500
 
 
 def test_a_training_is_read_from_its_report_or_its_last_checkpoint(tmp_path):
@@ -106,13 +185,22 @@ def test_numbers_that_are_undefined_are_left_out(tmp_path):
     nothing |= {"budget_curve": {"budgets": [0], "accuracy": [None]}, "depth_curve": DEPTH | {"episodes": []}}
     runs = [write_evaluation(tmp_path / "a", **nothing), write_evaluation(tmp_path / "b")]
     assert main(["plot", *runs, "--output", str(tmp_path / "plots")]) == 0
-    assert "<td>a</td><td>-</td><td>-</td><td>12.0</td><td>-</td>" in (tmp_path / "plots" / "index.html").read_text()
+    cells = cells_of((tmp_path / "plots" / "index.html").read_text(), "a")
+    assert cells[2:4] == ["-", "-"] and cells[6:9] == ["12.0", "11.0", "-"]
     assert main(["plot", runs[0], "--output", str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such folder"), ("", "holds neither a training"), ("{", "cannot be read"), ("[]", "is not what")],
+    [
+        (None, "no such folder"),
+        ("", "holds neither a training"),
+        ("{", "cannot be read"),
+        ("[]", "is not what"),
+        ('{"benchmark": "x", "accuracy": 1}', "it lacks accuracy_interval, mean_tokens, tokens_per_correct"),
+        ('{"before": {"accuracy": 1}}', "it lacks accuracy_interval, mean_tokens, tokens_per_correct"),
+        ('{"before": 1}', "it lacks accuracy, accuracy_interval"),
+    ],
 )
 def test_folders_that_hold_nothing_are_named(tmp_path, capsys, content, message):
     folder = tmp_path / "run"
@@ -124,6 +212,27 @@ def test_folders_that_hold_nothing_are_named(tmp_path, capsys, content, message)
     error = capsys.readouterr().err
     assert message in error and str(folder) in error
     assert not (tmp_path / "plots").exists()
+
+
+def test_an_evaluation_that_has_not_finished_is_named(tmp_path, capsys):
+    (tmp_path / "run" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "run" / "gsm8k" / "completions.jsonl").write_text("")
+    assert main(["plot", str(tmp_path / "run"), "--output", str(tmp_path / "plots")]) == 2
+    assert "has not finished. Start the same l2t eval again" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_drawing(tmp_path):
+    run = write_evaluation(tmp_path / "run")
+    # No file may grow beyond 4,000 bytes: what a full disk does, but with another number of the error.
+    code = f"""
+import resource, sys
+from l2t_trl.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+sys.exit(main(["plot", {run!r}, "--output", {str(tmp_path / "plots")!r}]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2 and "cannot be written" in result.stderr, result.stderr
+    assert not list((tmp_path / "plots").iterdir())
 
 
 def test_one_folder_twice_is_refused(tmp_path, capsys):

@@ -1,29 +1,30 @@
-"""Trainings and evaluations side by side: what their output folders hold, as drawings and as one page."""
+"""Trainings and evaluations side by side: what their output folders hold, and drawings of it."""
 
-import base64
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .figures import Bar, BudgetCurve, DepthCurve, plot_bars, plot_budgets, plot_depths, plot_training
-from .page import document
+from .figures import (
+    CURVES,
+    Bar,
+    BudgetCurve,
+    DepthCurve,
+    colours_of,
+    plot_bars,
+    plot_budgets,
+    plot_depths,
+    plot_training,
+)
 
 
-METRICS, STATE = "metrics.json", "trainer_state.json"
+METRICS, STATE, COMPLETIONS = "metrics.json", "trainer_state.json", "completions.jsonl"
 
-_STYLE = """\
-figure { margin: 1.6rem 0; }
-figure img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: .4rem; }
-figcaption { color: var(--dim); font-size: .9rem; margin-top: .3rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; margin: 1rem 0; }
-th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }"""
+# What every evaluation's numbers have.
+NUMBERS = ("accuracy", "accuracy_interval", "mean_tokens", "tokens_per_correct", "truncated_share")
 
 
 @dataclass
@@ -40,6 +41,26 @@ class Run:
     label: str
     log: list[dict[str, Any]] = field(default_factory=list)
     results: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """
+    A file with a drawing.
+
+    Attributes:
+        path (`Path`): the PNG file.
+        title (`str`): what it is of.
+        section (`str`): benchmark that it is of; `""` for all of them, `"Training"` for training curves.
+        caption (`str`): how it is to be read.
+        description (`str`): what it shows, for readers who do not see it.
+    """
+
+    path: Path
+    title: str
+    section: str
+    caption: str
+    description: str
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
@@ -64,13 +85,17 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
             raise UserError(f"RUN {folder}: no such folder.")
         files = [path / METRICS] if (path / METRICS).exists() else sorted(path.glob(f"*/{METRICS}"))
         contents = [(file, _read(file)) for file in files]
-        results = [(label, content) for _, content in contents if "benchmark" in content]
+        results = [(label, _checked(file, content)) for file, content in contents if "benchmark" in content]
         if results:
             runs.append(Run(label, results=results))
         elif (path / METRICS).exists():
-            runs.append(_training(label, contents[0][1]))
+            runs.append(_training(label, *contents[0]))
         else:
             states = sorted(path.glob(f"checkpoint-*/{STATE}"), key=_step)
+            if not states and next(path.glob(f"**/{COMPLETIONS}"), None):
+                raise UserError(
+                    f"RUN {folder}: its evaluation has not finished. Start the same l2t eval again: it goes on."
+                )
             if not states:
                 raise UserError(
                     f"RUN {folder}: holds neither a training ({METRICS}, or checkpoint-N/{STATE}) nor an evaluation "
@@ -80,9 +105,9 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     return runs
 
 
-def draw_runs(runs: Sequence[Run], output: Path) -> list[tuple[Path, str]]:
+def draw_runs(runs: Sequence[Run], output: Path) -> list[Drawing]:
     """
-    Draw what runs have in common panels for: training curves, bars, depth and budget curves of each benchmark.
+    Draw what runs have in common panels for: bars, depth and budget curves of each benchmark, training curves.
 
     Args:
         runs (`Sequence[Run]`):
@@ -91,59 +116,66 @@ def draw_runs(runs: Sequence[Run], output: Path) -> list[tuple[Path, str]]:
             Folder that gets the PNG files.
 
     Returns:
-        `list[tuple[Path, str]]`: the files, and what each shows.
+        `list[Drawing]`: a run has the same colour in all of them.
     """
-    drawings: list[tuple[Path, str]] = []
+    drawings: list[Drawing] = []
 
-    def draw(name: str, caption: str, plot: Callable[[Path], Any]) -> None:
+    def draw(name: str, title: str, section: str, caption: str, text: str, plot: Callable[[Path], Any]) -> None:
         path = output / f"{name}.png"
         if plot(path) is not False:
-            drawings.append((path, caption))
+            drawings.append(Drawing(path, title, section, caption, text))
 
     results = [result for run in runs for result in run.results]
+    colours = _colours(runs)
     bars = _bars(results)
     if bars:
-        draw("bars", "Accuracy and length by benchmark and model.", lambda path: plot_bars(path, bars))
+        benchmarks = {result["benchmark"] for _, result in results}
+        draw(
+            "bars",
+            "accuracy and length",
+            next(iter(benchmarks)) if len(benchmarks) == 1 else "",
+            "Accuracy (pass@1) with its 95 % interval, and mean length of a completion.",
+            "Bars: " + "; ".join(map(_describe_bar, bars)) + ".",
+            lambda path: plot_bars(path, bars, colours),
+        )
     for benchmark in dict.fromkeys(result["benchmark"] for _, result in results):
         of_it = [(label, result) for label, result in results if result["benchmark"] == benchmark]
         file_name = re.sub(r"[^\w.-]+", "-", benchmark)
         depths = [_depth_curve(label, result) for label, result in of_it if _has_depths(result)]
         if depths:
-            caption = f"{benchmark}: completions cut behind their k-th episode and asked for the answer."
-            draw(f"depth-{file_name}", caption, lambda path, d=depths, b=benchmark: plot_depths(path, d, b))
+            draw(
+                f"depth-{file_name}",
+                f"accuracy by depth, {benchmark}",
+                benchmark,
+                "Completions cut behind their k-th episode and asked for the answer: share of right answers Acc(k), "
+                "share of right majorities of four answers maj@4(k), and tokens read up to there.",
+                "Curves by number of episodes read: " + "; ".join(map(_describe_depth, depths)) + ".",
+                lambda path, d=depths, b=benchmark: plot_depths(path, d, b, colours),
+            )
         budgets = [_budget_curve(label, result) for label, result in of_it if _has_budgets(result)]
         if budgets:
-            caption = f"{benchmark}: share of completions that are correct within a token budget."
-            title = f"Accuracy against token budget: {benchmark}"
-            draw(f"budget-{file_name}", caption, lambda path, c=budgets, t=title: plot_budgets(path, c, t))
+            draw(
+                f"budget-{file_name}",
+                f"accuracy by token budget, {benchmark}",
+                benchmark,
+                "Share of completions that are correct and have ended within a token budget.",
+                "Curves by token budget: " + "; ".join(map(_describe_budget, budgets)) + ".",
+                lambda path, c=budgets, b=benchmark: plot_budgets(
+                    path, c, f"Accuracy against token budget: {b}", colours
+                ),
+            )
     logs = {run.label: run.log for run in runs if run.log}
     if logs:
-        draw("training", "Training curves.", lambda path: plot_training(path, logs))
+        draw(
+            "training",
+            "training curves",
+            "Training",
+            "Training curves, over the optimiser steps. J is the model's own probability of the correct answer, the "
+            "gain of an episode what it adds to J.",
+            "Training curves: " + "; ".join(f"{label}, {_describe_log(log)}" for label, log in logs.items()) + ".",
+            lambda path: plot_training(path, logs, colours),
+        )
     return drawings
-
-
-def page_of(runs: Sequence[Run], drawings: Sequence[tuple[Path, str]]) -> str:
-    """Return one self-contained HTML page with the results as a table, and the drawings."""
-    parts = [f'<p class="dim">{escape(", ".join(run.label for run in runs))}</p>']
-    rows = [_row(label, result) for run in runs for label, result in run.results]
-    if rows:
-        heads = (
-            "benchmark",
-            "run",
-            "accuracy, %",
-            "95 % interval",
-            "tokens",
-            "tokens per correct answer",
-            "cut off, %",
-        )
-        parts.append('<div class="wide"><table>' + _table_row("th", heads) + "".join(rows) + "</table></div>")
-    for path, caption in drawings:
-        data = base64.b64encode(path.read_bytes()).decode()
-        text = escape(caption)
-        parts.append(
-            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-        )
-    return document("Runs side by side", "\n".join(parts), _STYLE, with_images=True)
 
 
 def _labels(folders: Sequence[str]) -> list[str]:
@@ -157,7 +189,16 @@ def _labels(folders: Sequence[str]) -> list[str]:
     return ["/".join(part[-length:]) for part in parts]
 
 
-def _training(label: str, metrics: dict[str, Any]) -> Run:
+def _colours(runs: Sequence[Run]) -> dict[str, str]:
+    """Colours of all that is drawn; a training's curves have that of its model after it."""
+    owners = {run.label: run.results[-1][0] if run.results else run.label for run in runs}
+    colours = colours_of(
+        [label for run in runs for label in [*(label for label, _ in run.results), owners[run.label]]]
+    )
+    return colours | {label: colours[owner] for label, owner in owners.items()}
+
+
+def _training(label: str, file: Path, metrics: dict[str, Any]) -> Run:
     """A training: its log, and its evaluations before and after."""
     config = metrics.get("config", {})
     benchmark = config.get("test_dataset_name") or config.get("dataset_name") or "test questions"
@@ -165,7 +206,7 @@ def _training(label: str, metrics: dict[str, Any]) -> Run:
     curve = metrics.get("accuracy_at_budget")
     for when in ("before", "after"):
         if when in metrics:
-            result = metrics[when] | {"benchmark": benchmark}
+            result = _checked(file, metrics[when]) | {"benchmark": benchmark}
             if curve is not None:
                 result["budget_curve"] = {"budgets": curve["budgets"], "accuracy": curve[when]}
             run.results.append((f"{label}, {when}", result))
@@ -208,26 +249,34 @@ def _budget_curve(label: str, result: dict[str, Any]) -> BudgetCurve:
     )
 
 
-def _row(label: str, result: dict[str, Any]) -> str:
-    interval = result["accuracy_interval"]
-    cells = (
-        result["benchmark"],
-        label,
-        _number(result["accuracy"], 100),
-        "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
-        _number(result["mean_tokens"]),
-        _number(result["tokens_per_correct"]),
-        _number(result["truncated_share"], 100),
-    )
-    return _table_row("td", cells)
+def _describe_bar(bar: Bar) -> str:
+    return f"{bar.label}, {bar.group}: {100 * bar.accuracy:.1f} % correct, {bar.tokens:.0f} tokens"
 
 
-def _table_row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+def _describe_depth(curve: DepthCurve) -> str:
+    first, last = (f"{100 * curve.accuracy[k]:.1f} % correct at {curve.episodes[k]}" for k in (0, -1))
+    return f"{curve.label}, {first}, {last}"
 
 
-def _number(value: float | None, factor: float = 1) -> str:
-    return "-" if value is None else f"{factor * value:.1f}"
+def _describe_budget(curve: BudgetCurve) -> str:
+    return f"{curve.label}, {100 * curve.shares[-1]:.1f} % correct within {curve.budgets[-1]} tokens"
+
+
+def _describe_log(log: Sequence[dict[str, Any]]) -> str:
+    """First and last value of each curve."""
+    parts = []
+    for key, title, unit, factor in CURVES:
+        values = [entry[key] for entry in log if isinstance(entry.get(key), int | float)]
+        if values:
+            parts.append(f"{title.lower()} from {factor * values[0]:.3g} to {factor * values[-1]:.3g} ({unit})")
+    return ", ".join(parts)
+
+
+def _checked(file: Path, numbers: Any) -> dict[str, Any]:
+    lacking = [name for name in NUMBERS if not isinstance(numbers, dict) or name not in numbers]
+    if lacking:
+        raise UserError(f"{file} is not what a training or an evaluation writes: it lacks {', '.join(lacking)}.")
+    return numbers
 
 
 def _read(path: Path) -> dict[str, Any]:

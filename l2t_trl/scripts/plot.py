@@ -27,8 +27,9 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: if a run cannot be read, holds nothing to draw, or the output cannot be written.
     """
-    from ..evaluation.compare import draw_runs, page_of, read_runs
+    from ..evaluation.compare import draw_runs, read_runs
     from ..evaluation.journal import write_result
+    from ..evaluation.runs_page import page_of
 
     runs = read_runs(args.runs)
     output = Path(args.output)
@@ -40,6 +41,6 @@ def main(args: argparse.Namespace) -> int:
     if not drawings:
         raise UserError("RUN: there is nothing to draw in the runs, neither a logged step nor a judged completion.")
     write_result(output / PAGE, page_of(runs, drawings))
-    for path in [*(path for path, _ in drawings), output / PAGE]:
+    for path in [*(drawing.path for drawing in drawings), output / PAGE]:
         print(path)
     return 0
