@@ -124,18 +124,17 @@ def test_tiers_stand_in_a_table_of_their_own(tmp_path):
 
 
 def test_a_run_has_one_colour_in_all_drawings(tmp_path):
-    """The second benchmark has the second run alone, which would be the first colour there."""
-    runs = [write_evaluation(tmp_path / name) for name in ("a", "b")]
-    write_evaluation(tmp_path / "b", benchmark="math500")
+    """Alone in a drawing, it would have another."""
+    runs = [write_evaluation(tmp_path / name) for name in ("a", "b", "c")]
+    write_evaluation(tmp_path / "c", benchmark="math500")
+    runs.append(write_training(tmp_path / "one"))
     assert main(["plot", *runs, "--output", str(tmp_path / "plots")]) == 0
-    for name in ("bars.png", "depth-math500.png", "budget-math500.png"):
-        assert has_colour(tmp_path / "plots" / name, COLOURS[1])
+    for name in ("bars", "depth-math500", "budget-math500"):
+        assert has_colour(tmp_path / "plots" / f"{name}.png", COLOURS[2])
     assert not has_colour(tmp_path / "plots" / "budget-math500.png", COLOURS[0])
     # The curves of a training have the colour of its model after it; that before it comes first.
-    training = write_training(tmp_path / "one")
-    assert main(["plot", training, "--output", str(tmp_path / "more")]) == 0
-    assert has_colour(tmp_path / "more" / "training.png", COLOURS[1])
-    assert has_colour(tmp_path / "more" / "bars.png", COLOURS[0])
+    assert has_colour(tmp_path / "plots" / "budget-arithmetic.png", COLOURS[3])
+    assert has_colour(tmp_path / "plots" / "training.png", COLOURS[4])
 
 
 def has_colour(path, colour):
