@@ -131,7 +131,7 @@ def colours_of(labels: Sequence[str]) -> dict[str, str]:
 def plot_training(
     path: Path, logs: dict[str, Sequence[dict[str, Any]]], colours: dict[str, str] | None = None
 ) -> bool:
-    """Plot the training curves that the runs' logs hold, by label; return whether they held any."""
+    """Plot the training curves that the runs' logs hold, by label (`""` for none); return whether they held any."""
     panels = [
         (title, unit, {label: _series(log, key, factor) for label, log in logs.items()})
         for key, title, unit, factor in CURVES
@@ -142,7 +142,7 @@ def plot_training(
     colours = colours or colours_of(list(logs))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    height = PANEL_HEIGHT * rows + (0.35 if len(logs) > 1 else 0)
+    height = PANEL_HEIGHT * rows + (0.35 if any(logs) else 0)
     figure, axes = _figure(rows, columns, PANEL_WIDTH * columns, height)
     has_means = False
     for axis, (title, unit, runs) in zip(axes, panels, strict=False):
@@ -156,7 +156,7 @@ def plot_training(
         axis.xaxis.get_major_locator().set_params(integer=True)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    if len(logs) > 1:
+    if any(logs):
         _styles(figure, {}, {label: colours[label] for label in logs})
     if has_means:
         figure.supxlabel("pale: each step; dark: running mean", x=0.995, ha="right", fontsize=8.5, color="#606060")
@@ -277,7 +277,7 @@ def plot_bars(path: Path, bars: Sequence[Bar], colours: dict[str, str] | None = 
     axes[1].yaxis.set_major_formatter("{x:,.0f}")
     _name(axes[0], "Accuracy", "", "pass@1 (%), 95 % interval")
     _name(axes[1], "Length", "", "mean tokens per completion")
-    if len(labels) > 1:
+    if any(labels):
         _styles(figure, {}, {label: colours[label] for label in labels})
     _save(figure, path)
 

@@ -58,7 +58,7 @@ dd { margin: 0; color: var(--dim); }
 }
 @media (prefers-color-scheme: dark) {
   /* Dark paper, and the hues as they were. */
-  figure .wide { background: #1a1a1a; }
+  figure .wide { background: #202020; }
   figure img { filter: invert(.9) hue-rotate(180deg) brightness(1.25); }
 }"""
 
