@@ -170,6 +170,16 @@ def test_parquet_that_is_neither_is_refused(tmp_path, args, tiny_tokenizer):
     )
 
 
+def test_rows_that_a_verl_file_has_beside_verls_are_named(tmp_path, args, tiny_tokenizer, capsys):
+    rows = [to_verl("Q?", "1", "1", "math-ai/amc23", "test", index) for index in range(3)]
+    rows[1]["reward_model"] = None
+    path = write_parquet(tmp_path / "rows.parquet", rows)
+    with pytest.raises(UserError, match=r"Only a part .* but not 1 \(row 1\)\.$"):
+        load_rows(L2TScriptArguments(dataset_name=path), args, tiny_tokenizer)
+    assert main(["data", "show", path]) == 2
+    assert "but not 1 (row 1)." in capsys.readouterr().err
+
+
 def test_columns_that_the_user_names_come_before_verls_layout(tmp_path, args, tiny_tokenizer):
     row = to_verl("Q?", "1", "1", "math-ai/amc23", "test", 0) | {"mine": "own question", "gold": "5"}
     path = write_parquet(tmp_path / "rows.parquet", [row])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from l2t_trl.data.checks import check_rows
+from l2t_trl.data.checks import check_rows, list_rows
 from l2t_trl.data.code import has_tests, with_tests
 from l2t_trl.data.python_functions import load_functions
 from l2t_trl.data.registry import (
@@ -284,7 +284,7 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     needs_answers = needs_answers or script_args.eval_before_after
     for setting, column in (("question_column", question_column), ("answer_column", answer_column)):
         if column not in names and (setting == "question_column" or needs_answers):
-            raise UserError(no_column(name, column, setting, names))
+            raise UserError(no_column(name, column, setting, names, rows))
 
     is_chat = tokenizer.chat_template is not None
     columns = {"prompt": [make_prompt(row.get(question_column), script_args, is_chat) for row in rows]}
@@ -311,10 +311,13 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
     return Dataset.from_dict(columns)
 
 
-def no_column(name: str, column: str, setting: str, names: Sequence[str]) -> str:
+def no_column(name: str, column: str, setting: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     """Return what to say of a data set without a column that is wanted."""
-    hint = " Nor is it in verl's layout (prompt, and reward_model with ground_truth)." if ".parquet" in name else ""
-    return f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.{hint}"
+    not_verl = [number for number, row in enumerate(rows) if not is_verl([row])]
+    hint = " Nor is it in verl's layout (prompt, and reward_model with ground_truth)" if ".parquet" in name else ""
+    if 0 < len(not_verl) < len(rows):
+        hint = f" Only a part of it is in verl's layout (prompt, and reward_model with ground_truth), but not {list_rows(not_verl)}"
+    return f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.{hint}{'.' if hint else ''}"
 
 
 def find_columns(

@@ -104,7 +104,7 @@ def _plain_rows(request: Request, rows: Sequence[dict[str, Any]]) -> list[dict[s
     has_golds = not has_tests(rows) or answer_column in names
     for setting, column in (("question_column", question_column), ("answer_column", answer_column)):
         if rows and column not in names and (has_golds or setting == "question_column"):
-            raise UserError(no_column(request.name, column, setting, names))
+            raise UserError(no_column(request.name, column, setting, names, rows))
     plain = []
     for index, row in enumerate(rows):
         question, gold = row.get(question_column), golds(row.get(answer_column))
