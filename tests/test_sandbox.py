@@ -43,7 +43,8 @@ def sandbox(request):
         yield made
 
 
-def _judge(sandbox, program, tests=TESTS, time_s=2.0, **kwargs):
+# Long, so that none but what hangs runs out of it on a busy machine.
+def _judge(sandbox, program, tests=TESTS, time_s=30.0, **kwargs):
     return sandbox.run(Job(program, tests, time_s=time_s, **kwargs))
 
 
@@ -278,6 +279,13 @@ def test_files_are_out_of_reach(sandbox, tmp_path, home_folder):
         "os.chmod(os.__file__, 0)",
         "os.mkdir('/dev/x')",
     ]
+    lines += [
+        f"os.symlink({str(home_folder)!r}, 'folder'); open('folder/secret').read()",
+        f"os.symlink({str(victim)!r}, 'file'); open('file', 'a')",
+        f"os.link({str(victim)!r}, 'hard'); open('hard', 'a')",
+        "open('/dev/shm/l2t-sandbox-test', 'w')",
+        "__import__('multiprocessing.shared_memory').shared_memory.SharedMemory('l2t-sandbox-test', True, 16)",
+    ]
     lines += ["os.chroot('/')", "os.chdir('/proc')", "open('/lib/l2t-sandbox-test', 'w')"]
     assert _judge(sandbox, _trying(*lines), NOTHING_WORKED) == Verdict("passed")
     assert victim.read_text() == "still here" and not (tmp_path / "written").exists()
@@ -357,6 +365,14 @@ FORGERIES = {
     "built-in names": "def len(x): return 0\ndef abs(x): return 0\ndef set(x): return 0\ndef all(x): return True\ndef isinstance(*a): return True\n" + WRONG,
     "standard modules": "class math:\n    isclose = staticmethod(lambda *a, **k: True)\n    fabs = staticmethod(lambda x: 0)\n" + WRONG,
     "exit status": "import atexit, os\natexit.register(os._exit, 0)\nimport sys\nsys.exitfunc = lambda: 0\n" + WRONG,
+    "answers ahead of the questions": "import json, os\nm = json.dumps(['ok', [5, [None]]]).encode()\nm = len(m).to_bytes(4, 'big') + m\n"
+    "def double(x):\n    os.write(4, 3 * m)\n    return 5\n",
+    "answer that no value has": "import json, os\nm = json.dumps(['ok', [['object', -1], [None]]]).encode()\n"
+    "def double(x):\n    os.write(4, len(m).to_bytes(4, 'big') + m)\n    os._exit(0)\n",
+    "answer without an end": "import os\ndef double(x):\n    m = b'[' * 1000000\n    os.write(4, len(m).to_bytes(4, 'big') + m)\n    os._exit(0)\n",
+    "class that lies about itself": "class A:\n    __class__ = int\n    __eq__ = lambda s, o: True\ndef double(x):\n    return A()\n",
+    "module of another kind": "import sys, types\nclass M(types.ModuleType):\n    def __getattribute__(s, n): return lambda *a: True\n"
+    "sys.modules['solution'].__class__ = M\n" + WRONG,
     "wire replaced": "import sys\nw = sys.modules['wire']\nold = w.send\nw.send = lambda fd, m: old(fd, ['passed', ''])\n" + WRONG,
 }  # fmt: skip
 CAREFUL_TESTS = (
@@ -412,7 +428,7 @@ def test_tests_are_never_in_the_programs_memory(sandbox):
 
 def test_verdicts_come_in_the_order_of_the_jobs():
     slow = "import time\ntime.sleep(0.2)\n" + RIGHT
-    jobs = [Job(program, TESTS, time_s=2.0) for program in (slow, RIGHT, WRONG, RIGHT, slow, WRONG)]
+    jobs = [Job(program, TESTS, time_s=30.0) for program in (slow, RIGHT, WRONG, RIGHT, slow, WRONG)]
     with Sandbox(workers=2) as sandbox:
         assert [verdict.passed for verdict in sandbox.run_all(jobs)] == [True, True, False, True, True, False]
 
