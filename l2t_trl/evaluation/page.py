@@ -45,7 +45,7 @@ $body
 
 _STYLE = Template("""\
 .legend { display: flex; align-items: center; gap: .6rem; flex-wrap: wrap; margin: .8rem 0 1.4rem; font-size: .9rem; }
-.legend .bar { width: 14rem; height: 1rem; border: 1px solid var(--line); border-radius: .2rem;
+.legend .bar { width: min(14rem, 30vw); height: 1rem; border: 1px solid var(--line); border-radius: .2rem;
   background: linear-gradient(to right,
     rgba($loss, $opacity), rgba($loss, 0) 50%, rgba($gain, 0) 50%, rgba($gain, $opacity)); }
 article { border: 1px solid var(--line); border-radius: .5rem; background: var(--card); padding: .9rem 1.1rem;
