@@ -106,7 +106,7 @@ ROW = {
     ],
 )
 def test_judging_by_hand(sandbox, text, is_right):
-    assert humaneval.judge(text, ROW) is is_right
+    assert humaneval.judge([text], [ROW]) == [is_right]
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

@@ -270,6 +270,17 @@ def test_batches_begin_where_those_of_an_unbroken_run_do(tmp_path):
         assert journal.done == keys
 
 
+def test_the_file_holds_whole_lines_and_memory_what_is_kept_of_them(tmp_path):
+    lines = [{"id": number, "ids": [number] * 9} for number in range(3)]
+    keys = [{"id": line["id"]} for line in lines]
+    for done in (0, 2):
+        with Journal(tmp_path / "file", keys, 2, lambda line: line | {"ids": len(line["ids"])}) as journal:
+            assert journal.done == [{"id": number, "ids": 9} for number in range(done)]
+            journal.add(lines[done : done + 2])
+            assert journal.done[-1] == {"id": min(done + 1, 2), "ids": 9}
+    assert [json.loads(line) for line in (tmp_path / "file").read_text().splitlines()] == lines
+
+
 def test_two_at_a_time_are_refused(tmp_path):
     keys = [{"id": "0"}]
     with Journal(tmp_path / "file", keys, 1), pytest.raises(UserError, match="another evaluation is writing"):
@@ -367,7 +378,7 @@ def test_vllm_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
 
 def test_depth_needs_answers_in_words(tmp_path, monkeypatch, capsys):
     rows = [{"id": "0", "question": "Write a function.", "answer": None}]
-    made_up = Benchmark("made-up", 1, lambda: rows, lambda text, row: None)
+    made_up = Benchmark("made-up", 1, lambda: rows, lambda texts, rows: [None] * len(texts))
     monkeypatch.setitem(BENCHMARKS, "made-up", made_up)
     assert main(command(tmp_path, "--depth_curve", benchmark="made-up")) == 2
     assert "--depth_curve: made-up has no answers in words" in capsys.readouterr().err
@@ -379,12 +390,14 @@ def test_depth_needs_answers_in_words(tmp_path, monkeypatch, capsys):
 
 def test_rows_with_one_id_and_missing_rows_are_said(tmp_path, monkeypatch, capsys):
     rows = [{"id": "0", "question": "1 + 1?", "answer": "2"}]
-    monkeypatch.setitem(BENCHMARKS, "few", Benchmark("few", 3, lambda: rows, lambda text, row: False))
+    monkeypatch.setitem(BENCHMARKS, "few", Benchmark("few", 3, lambda: rows, lambda texts, rows: [False] * len(texts)))
     words = command(tmp_path, benchmark="few", samples=1)
     index = words.index("--limit")
     assert main(words[:index] + words[index + 2 :]) == 0
     assert "few: 1 questions where 3 are expected" in capsys.readouterr().err
-    monkeypatch.setitem(BENCHMARKS, "twice", Benchmark("twice", 2, lambda: rows * 2, lambda text, row: False))
+    monkeypatch.setitem(
+        BENCHMARKS, "twice", Benchmark("twice", 2, lambda: rows * 2, lambda texts, rows: [False] * len(texts))
+    )
     assert main(command(tmp_path, benchmark="twice")) == 2
     assert "twice: two rows have the same id" in capsys.readouterr().err
 

