@@ -287,7 +287,15 @@ class _Run:
         if self.positions is not None:
             depth.check_lengths(task, lines, cuts, self.num_more, self.positions)
         answers = depth.ask_answers(
-            task, lines, cuts, self.tokenizer, lambda: self.engine, self.sampling, self.asking, folder
+            task,
+            lines,
+            cuts,
+            self.tokenizer,
+            lambda: self.engine,
+            self.sampling,
+            self.asking,
+            folder,
+            shares_prefixes=self.args.vllm,
         )
         given = (lines, cuts, answers, self.asking.answer_probe)
         curves = {"depth_curve": depth.depth_curve(*given) | {"settings": vars(self.asking)}}
