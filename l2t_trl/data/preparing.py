@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from l2t_trl.answers import understood
 from l2t_trl.data.code import TESTS, has_tests, with_tests
-from l2t_trl.data.loading import find_columns, generate_rows, no_column, no_split, read_rows
-from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, is_generated, plain_gold
+from l2t_trl.data.generated import find_generated, generate_rows
+from l2t_trl.data.loading import find_columns, no_column, no_split, read_rows
+from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, plain_gold
 from l2t_trl.data.resolving import RAW_ANSWER, benchmark_overlap, resolve_split
 from l2t_trl.data.verl import from_verl, is_verl, to_verl
 from l2t_trl.errors import UserError
@@ -82,7 +83,7 @@ def _read(request: Request, split: str, say: Callable[[str], None]) -> list[dict
         for note in loaded.notes if loaded else ():
             say(f"{request.name}, {split}: {note}")
         return None if loaded is None else loaded.rows
-    if is_generated(request.name):
+    if find_generated(request.name):
         rows = generate_rows(request.name, split, request.size, request.seed, request.tiers)
     else:
         rows = read_rows(request.name, request.config, split)

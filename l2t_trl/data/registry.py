@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from l2t_trl.answers import last_box
+from l2t_trl.data.generated import GENERATED
 from l2t_trl.errors import UserError
 
 
-ARITHMETIC = "arithmetic"
-PYTHON_FUNCTIONS = "python-functions"
-REASONING = "reasoning_gym"
 # Column with all right answers of a question that has several; `answer` is the first.
 ACCEPTED = "accepted_answers"
 # The quartiles of the difficulty of all 4,428 rows of Omni-MATH: tier 1 is what is not above 4.
@@ -230,12 +228,7 @@ HUB_CONFIGS = {source.hub_id: source.config for source in SOURCES.values()} | {"
 
 def all_names() -> list[str]:
     """Return the names that `--dataset_name` takes beside paths and Hub ids."""
-    return [*SOURCES, ARITHMETIC, PYTHON_FUNCTIONS, f"{REASONING}:NAME"]
-
-
-def is_generated(name: str) -> bool:
-    """Whether the rows of data set `name` are made rather than read."""
-    return name == ARITHMETIC or name.startswith(f"{REASONING}:")
+    return [*SOURCES, *(one.label for one in GENERATED.values() if not one.is_for_eval_only)]
 
 
 def nearest(name: str, names) -> str:
@@ -247,6 +240,6 @@ def nearest(name: str, names) -> str:
 def unknown_name(name: str) -> UserError:
     """Return the error for a name that is neither ours nor a path."""
     return UserError(
-        f"{name!r} is no known data set.{nearest(name, [*SOURCES, ARITHMETIC, PYTHON_FUNCTIONS, REASONING])} Known are "
-        f"{', '.join(all_names())}; beside these a Hub id (owner/name) or a path can be given."
+        f"{name!r} is no known data set.{nearest(name, [*SOURCES, *GENERATED])} Known are {', '.join(all_names())}; "
+        "beside these a Hub id (owner/name) or a path can be given."
     )

@@ -42,7 +42,9 @@ def _add_request(parser: argparse.ArgumentParser):
     parser.add_argument("--dataset_config", help="configuration of a Hub data set")
     parser.add_argument("--question_column", help="column with the question, in a data set that is not known")
     parser.add_argument("--answer_column", help="column with the gold answer, likewise")
-    parser.add_argument("--size", type=_positive, help="most rows of each split (default: all; generated: 2048, 200)")
+    parser.add_argument(
+        "--size", type=_positive, help="most rows of each split (default: all; of endless ones 2048, 200)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of generated rows")
     parser.add_argument("--tiers", type=int, nargs="+", help="difficulty tiers (default: all)")
 
@@ -69,22 +71,20 @@ def main(args: argparse.Namespace) -> int:
 def list_sets(args: argparse.Namespace) -> int:
     """Print a table of the known data sets."""
     from l2t_trl.data.benchmarks import BENCHMARKS
-    from l2t_trl.data.python_functions import TEST_SIZE, TRAIN_SIZE
-    from l2t_trl.data.registry import ARITHMETIC, PYTHON_FUNCTIONS, REASONING, SOURCES
+    from l2t_trl.data.generated import GENERATED
+    from l2t_trl.data.registry import SOURCES
+
+    def line(label: str, name: str, sizes: dict[str, int], licence: str, source: str, is_endless: bool = False):
+        rows = "any number" if is_endless else ", ".join(f"{split} {size}" for split, size in sizes.items())
+        uses = (["train"] if "train" in sizes else []) + (["benchmark"] if name in BENCHMARKS else [])
+        return label, rows, ", ".join(uses), licence, source
 
     table = [("name", "rows", "use", "licence", "source")]
-    for source in SOURCES.values():
-        rows = ", ".join(f"{split} {count}" for split, (_, count) in source.splits.items())
-        uses = (["train"] if "train" in source.splits else []) + (["benchmark"] if source.is_benchmark else [])
-        table.append((source.name, rows, ", ".join(uses), source.licence, source.hub_id))
-    for benchmark in BENCHMARKS.values():
-        if benchmark.name not in {*SOURCES, ARITHMETIC}:
-            table.append((benchmark.name, f"test {benchmark.num_rows}", "benchmark", "-", "-"))
-    table.append((ARITHMETIC, "any number", "train, benchmark", "Apache-2.0", "l2t_trl (made here)"))
-    table.append(
-        (PYTHON_FUNCTIONS, f"train {TRAIN_SIZE}, test {TEST_SIZE}", "train", "Apache-2.0", "l2t_trl (made here)")
-    )
-    table.append((f"{REASONING}:NAME", "any number", "train", "Apache-2.0", "reasoning-gym (made here)"))
+    for one in SOURCES.values():
+        sizes = {split: size for split, (_, size) in one.splits.items()}
+        table.append(line(one.name, one.name, sizes, one.licence, one.hub_id))
+    for one in GENERATED.values():
+        table.append(line(one.label, one.name, one.sizes, one.licence, one.source, one.is_endless))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
