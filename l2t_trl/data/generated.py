@@ -108,7 +108,8 @@ def find_generated(name: str) -> Generated | None:
     """Return the generated data set that `name` stands for, or `None` if rows of that name are read."""
     family, mark, _ = name.partition(":")
     found = GENERATED.get(family)
-    return found if found is not None and found.has_tasks == bool(mark) else None
+    # A family without a task is found as well, so that what makes it can say which tasks there are.
+    return found if found is not None and (found.has_tasks or not mark) else None
 
 
 def generate_rows(

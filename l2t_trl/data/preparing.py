@@ -192,7 +192,7 @@ def verl_rows(
     Return `rows` in verl's layout, see [`l2t_trl.data.verl.to_verl`].
 
     Raises:
-        UserError: if a row holds a chat rather than a question.
+        UserError: if a row holds a chat rather than a question, or tests rather than an answer.
     """
     source = SOURCES.get(request.name) or BY_HUB_ID.get(request.name)
     has_several = any(row.get(ACCEPTED) for row in rows)
@@ -200,6 +200,11 @@ def verl_rows(
     for index, row in enumerate(rows):
         if "question" not in row:
             raise UserError(f"{request.name}: row {index} holds a chat, to which no instruction can be added.")
+        if "answer" not in row:
+            raise UserError(
+                f"{request.name}: row {index} has tests in place of an answer, and verl's layout for questions with "
+                f"answers has no place for them. Write it with l2t data prepare {request.name}."
+            )
         raw = plain_gold(row[RAW_ANSWER])
         one = to_verl(
             row["question"],

@@ -36,7 +36,10 @@ def task_name(name: str) -> str:
         UserError: if the package is not installed or has no such task.
     """
     names = _package().factory.DATASETS
-    task = name.removeprefix(f"{REASONING}:")
+    task = name.removeprefix(REASONING).removeprefix(":")
+    # NAME is what lists of data sets show.
+    if task in ("", "NAME"):
+        raise UserError(f"{name}: name a task, as in {REASONING}:chain_sum. There are {', '.join(sorted(names))}.")
     if task not in names:
         raise UserError(f"{name}: reasoning-gym has no task {task!r}.{nearest(task, names)}")
     if task in NOT_REPRODUCIBLE:

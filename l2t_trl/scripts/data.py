@@ -98,6 +98,7 @@ def show(args: argparse.Namespace) -> int:
     from collections import Counter
 
     from l2t_trl.data.checks import list_rows
+    from l2t_trl.data.generated import find_generated
     from l2t_trl.data.preparing import NOT_UNDERSTOOD, find_problems, not_understood, read_splits
     from l2t_trl.data.registry import BY_HUB_ID, SOURCES
     from l2t_trl.data.resolving import RAW_ANSWER
@@ -108,6 +109,9 @@ def show(args: argparse.Namespace) -> int:
     if source is not None:
         print(f"source:  https://huggingface.co/datasets/{source.hub_id}")
         print(f"licence: {source.licence}")
+    elif (generated := find_generated(args.name)) is not None:
+        print(f"source:  {generated.source}")
+        print(f"licence: {generated.licence}")
     for split, rows in splits.items():
         print(f"{split}: {len(rows)} rows")
         columns = list(dict.fromkeys(key for row in rows for key in row if key != RAW_ANSWER))
@@ -128,26 +132,34 @@ def show(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace) -> int:
     """Write the resolved rows."""
+    from l2t_trl.data.generated import check_trainable
     from l2t_trl.data.preparing import check_writable, write_rows
     from l2t_trl.data.resolving import RAW_ANSWER
 
+    check_trainable(args.name)
     folder = Path(args.output).expanduser()
     check_writable(_paths(args, folder, args.format), args.overwrite)
-    for split, rows in _checked_splits(args).items():
+    splits = _checked_splits(args)
+    for split, rows in splits.items():
         path = folder / f"{split}.{args.format}"
         check_writable([path], args.overwrite)
         write_rows(path, [{key: value for key, value in row.items() if key != RAW_ANSWER} for row in rows])
         print(f"{len(rows)} rows: {path}")
-    print(f"Train on them with: l2t train --dataset_name {folder}")
+    if "train" in splits:
+        print(f"Train on them with: l2t train --dataset_name {folder}")
+    else:
+        print(f"Evaluate on them in a training with: l2t train --test_dataset_name {folder}")
     return 0
 
 
 def to_verl(args: argparse.Namespace) -> int:
     """Write verl's Parquet files."""
+    from l2t_trl.data.generated import check_trainable
     from l2t_trl.data.preparing import check_writable, folder_name, verl_rows, write_rows
 
     if args.system_prompt is not None and args.form != "l2t":
         raise UserError("--system_prompt is for --form l2t; verl's own form has none.")
+    check_trainable(args.name)
     folder = Path(args.output).expanduser() / folder_name(args.name)
     check_writable(_paths(args, folder, "parquet"), args.overwrite)
     for split, rows in _checked_splits(args).items():
