@@ -301,7 +301,7 @@ def find_columns(
         question_column = source.question
     if question_column is None:
         question_column = next((column for column in QUESTION_COLUMNS if column in names), "question")
-    if source is not None and answer_column == "answer":
+    if source is not None and source.answer is not None and answer_column == "answer":
         return question_column, source.answer, source.golds
     return question_column, answer_column, plain_gold
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l2t_trl.answers import understood
-from l2t_trl.data.code import TESTS, has_tests, with_tests
+from l2t_trl.data.code import TESTS, has_tests, is_python, with_tests
 from l2t_trl.data.generated import find_generated, generate_rows
 from l2t_trl.data.loading import find_columns, no_column, no_split, read_rows
 from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, plain_gold
@@ -123,7 +123,8 @@ def _plain_rows(request: Request, rows: Sequence[dict[str, Any]]) -> list[dict[s
 
 def find_problems(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     """
-    Return the numbers of the rows with each kind of problem: no question, no answer, an id that an earlier row has.
+    Return the numbers of the rows with each kind of problem: no question, no answer, tests that are not Python, an id that
+    an earlier row has.
 
     Golds that math-verify cannot read are problems of their own kind ([`not_understood`]): such rows can be used.
     """
@@ -135,6 +136,8 @@ def find_problems(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
             problems["no question"].append(number)
         elif not plain_gold(row.get("answer")) and not row.get(TESTS):
             problems["no answer"].append(number)
+        elif not is_python(row.get(TESTS)):
+            problems["tests that are not Python"].append(number)
         elif row["id"] in ids:
             problems["id of an earlier row"].append(number)
         ids.add(row["id"])

@@ -24,13 +24,14 @@ PROOF = re.compile(r"\b(prove|show|demonstrate|verify)\s+that\b|\bprove\b", re.I
 @dataclass(frozen=True)
 class Source:
     """
-    A data set of questions with gold answers.
+    A data set of questions with gold answers, or with tests as MBPP has them.
 
     Attributes:
         name (`str`): short name.
         hub_id (`str`): its repository on the Hub, and its folder under `L2T_DATA_ROOT`.
         question (`str`): column of the question.
-        answer (`str`): column from which `golds` takes the gold answer.
+        answer (`str`, *optional*): column from which `golds` takes the gold answer; `None` where rows have tests instead
+            ([`l2t_trl.data.code`], which makes a column `question` that shows them).
         splits (`Mapping[str, tuple[str, int]]`): for each split, the Hub's name of it and its number of rows.
         licence (`str`): as the data set's card has it; `"not stated"` where it has none.
         config (`str`, *optional*): configuration on the Hub.
@@ -47,7 +48,7 @@ class Source:
     name: str
     hub_id: str
     question: str
-    answer: str
+    answer: str | None
     splits: Mapping[str, tuple[str, int]]
     licence: str
     config: str | None = None
@@ -219,11 +220,23 @@ SOURCES: dict[str, Source] = {
             "MIT",
             refuse=without_answer,
         ),
+        # Its counts are those of the configuration "full"; "sanitized" has 120 and 257 of the rows.
+        Source(
+            "mbpp",
+            "google-research-datasets/mbpp",
+            "question",
+            None,
+            {"train": ("train", 374), "test": ("test", 500)},
+            "CC-BY-4.0",
+            config="full",
+            id_column="task_id",
+            extra=("code",),
+        ),
     )
 }
 BY_HUB_ID = {source.hub_id: source for source in SOURCES.values()}
 # Configurations on the Hub where none is asked for.
-HUB_CONFIGS = {source.hub_id: source.config for source in SOURCES.values()} | {"google-research-datasets/mbpp": "full"}
+HUB_CONFIGS = {source.hub_id: source.config for source in SOURCES.values()}
 
 
 def all_names() -> list[str]:

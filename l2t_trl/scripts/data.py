@@ -59,7 +59,7 @@ def _add_output(parser: argparse.ArgumentParser, help_text: str):
         "--on_bad_row",
         choices=("stop", "drop"),
         default="stop",
-        help="rows without question or answer, or with an id twice",
+        help="rows without question, answer or usable tests, or with an id twice",
     )
 
 

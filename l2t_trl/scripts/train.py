@@ -64,7 +64,7 @@ class L2TScriptArguments:
         metadata={
             # Written out, since the help is read from this text; tests compare it with the registry.
             "help": "Known name (l2t data list says more): aime24, aime25, amc23, math500, minerva, omni-math, gsm8k, "
-            "aime-919, numinamath-4k, deepscaler, arithmetic, python-functions or reasoning_gym:NAME; or Hub id, "
+            "aime-919, numinamath-4k, deepscaler, mbpp, arithmetic, python-functions or reasoning_gym:NAME; or Hub id, "
             ".jsonl/.json/.csv/.parquet file, or folder of such files."
         },
     )
