@@ -279,10 +279,7 @@ def main(script_args, training_args, model_args):
     check_output_dir(training_args.output_dir)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir, say)
     if checkpoint is not None:
-        try:
-            check_resumable(Path(checkpoint), training_args)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_resumable(Path(checkpoint), training_args)
     reward_funcs = get_reward_funcs(script_args.reward_funcs)
     model_path = resolve_model(model_args.model_name_or_path, say=say)
     tokenizer = load_tokenizer(model_path, revision=model_args.model_revision)
