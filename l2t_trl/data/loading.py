@@ -162,7 +162,10 @@ def read_rows(name: str, config: str | None, split: str, is_lazy: bool = False) 
         if not folder.is_dir():
             if "/" not in name:
                 raise unknown_name(name)
-            raise UserError(f"L2T_DATA_ROOT is set to {root}, but there is no folder {folder}.")
+            raise UserError(
+                f"L2T_DATA_ROOT is set to {root}, but there is no folder {folder}. Put the data there, set another, or unset "
+                "it to read from the Hub."
+            )
         return _read_folder(folder, split)
     try:
         rows = _read_from_hub(name, config, split)
@@ -351,7 +354,10 @@ def _read_folder(folder: Path, split: str) -> Sequence[dict[str, Any]] | None:
         if path.is_file():
             return read_file(path)
     if not any(path.suffix in FILE_TYPES for path in folder.iterdir()):
-        raise UserError(f"{folder} has no file <split>.jsonl, nor of another type that can be read.")
+        raise UserError(
+            f"{folder} has no file <split>.jsonl, nor of another type that can be read. Put the data there, or name another "
+            "folder."
+        )
     return None
 
 

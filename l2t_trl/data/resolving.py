@@ -1,5 +1,6 @@
 """From a known source to its rows: columns named, golds taken out, some rows left out and counted."""
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -57,9 +58,9 @@ def resolve_split(
     hub_split, expected = source.splits[split]
     raw = read_rows(source.hub_id, config or source.config, hub_split, is_lazy=source.sample is not None)
     if raw is None:
-        raise UserError(f"{source.hub_id} has no split {hub_split!r}.")
+        raise UserError(f"{source.name}: {source.hub_id} has no split {hub_split!r}{_read_from()}.")
     if len(raw) == 0:
-        raise UserError(f"{source.name}: {source.hub_id} has no rows in its split {hub_split!r}.")
+        raise UserError(f"{source.name}: {source.hub_id} has no rows in its split {hub_split!r}{_read_from()}.")
     _check_columns(source, raw)
     if source.answer is None:
         raw = [row_with_tests(row) for row in raw]
@@ -167,6 +168,12 @@ def benchmark_overlap(notes: list[str]) -> Overlap:
     if unread:
         notes.append(f"not compared with {', '.join(unread)}, which cannot be read here.")
     return Overlap(questions)
+
+
+def _read_from() -> str:
+    """Return where rows are read from, if it is not the Hub: the usual place of a mistake."""
+    root = os.environ.get("L2T_DATA_ROOT")
+    return f" under {root}; mend the file, or set L2T_DATA_ROOT to another folder" if root else ""
 
 
 def _check_columns(source: Source, raw: Sequence):

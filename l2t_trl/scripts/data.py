@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from l2t_trl.errors import UserError
+from l2t_trl.scripts.options import count
 
 
 EXAMPLE_WIDTH = 300
@@ -42,9 +43,7 @@ def _add_request(parser: argparse.ArgumentParser):
     parser.add_argument("--dataset_config", help="configuration of a Hub data set")
     parser.add_argument("--question_column", help="column with the question, in a data set that is not known")
     parser.add_argument("--answer_column", help="column with the gold answer, likewise")
-    parser.add_argument(
-        "--size", type=_positive, help="most rows of each split (default: all; of endless ones 2048, 200)"
-    )
+    parser.add_argument("--size", type=count, help="most rows of each split (default: all; of endless ones 2048, 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of generated rows")
     parser.add_argument("--tiers", type=int, nargs="+", help="difficulty tiers (default: all)")
 
@@ -220,10 +219,3 @@ def _request(args: argparse.Namespace):
         seed=args.seed,
         tiers=tuple(args.tiers) if args.tiers else None,
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or larger")
-    return value
