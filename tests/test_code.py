@@ -246,6 +246,9 @@ def test_mbpp_under_the_data_root(tmp_path, monkeypatch, args, tiny_tokenizer, s
     rows, _ = load_rows(script, args, tiny_tokenizer)
     assert "assert double(2) == 4" in rows[0]["prompt"][0]["content"] and "answer" not in rows.column_names
     assert code([MBPP["code"], "def double(x): return x"], tests=rows["tests"][:] * 2) == [1.0, 0.0]
+    # There are no answers, which the evaluation before and after would want.
+    with pytest.raises(UserError, match=r"no column 'answer' \(answer_column\)"):
+        load_rows(L2TScriptArguments(dataset_name="google-research-datasets/mbpp"), args, tiny_tokenizer)
 
 
 SANITIZED = {
