@@ -42,6 +42,19 @@ def load() -> list[dict[str, Any]]:
     ]
 
 
+def load_with_tests() -> list[dict[str, Any]]:
+    """Return [`load`]'s rows with their tests as `tests` in place of an `answer`."""
+    return [
+        {**{name: value for name, value in row.items() if name not in ("answer", "test")}, "tests": tests_of(row)}
+        for row in load()
+    ]
+
+
+def tests_of(row: dict[str, Any]) -> str:
+    """Return a task's tests and the call that runs them."""
+    return f"{row['test']}\ncheck({row['entry_point']})"
+
+
 def program_of(text: str, row: dict[str, Any]) -> str:
     """
     Return the program that a completion makes of a task's prompt.
@@ -72,7 +85,7 @@ def job_of(program: str, row: dict[str, Any]):
     name = row["entry_point"]
     return Job(
         program,
-        f"{row['test']}\ncheck({name})",
+        tests_of(row),
         # Some tests call the helpers that stand in the prompt.
         prelude=row["prompt"],
         targets=(name,),

@@ -128,6 +128,8 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError("it holds no settings")
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}). Set another --output.") from error
         differing = [
