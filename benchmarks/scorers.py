@@ -101,22 +101,29 @@ def mark_of(text: str) -> str:
     return "####" if final_answer(text) else "no mark"
 
 
-def agreement_table(verdicts: Sequence[dict[str, bool | None]]) -> list[str]:
-    """Return a Markdown table: how many each scorer calls right, and where it agrees with ours."""
-    lines = ["| scorer | right | as ours | right, ours wrong | wrong, ours right |", "|---|---|---|---|---|"]
-    for name in verdicts[0]:
-        pairs = Counter((bool(one[OURS]), bool(one[name])) for one in verdicts)
-        skipped = sum(one[name] is None for one in verdicts)
-        right = f"{pairs[True, True] + pairs[False, True]}" + (f" ({skipped} skipped)" if skipped else "")
-        cells = [name, right, pairs[True, True] + pairs[False, False], pairs[False, True], pairs[True, False]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+def compared(verdicts: Sequence[dict[str, bool | None]], name: str) -> str:
+    """Return how many a scorer calls right, with those that ours does not (+) and those that only ours does (-)."""
+    pairs = Counter((bool(one[OURS]), bool(one[name])) for one in verdicts)
+    more, fewer, skipped = pairs[False, True], pairs[True, False], sum(one[name] is None for one in verdicts)
+    notes = [f"+{more}"] * bool(more) + [f"-{fewer}"] * bool(fewer) + [f"{skipped} skipped"] * bool(skipped)
+    return f"{pairs[True, True] + more}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def summary_table(sets: dict[str, list[dict[str, bool | None]]]) -> list[str]:
+    """Return a Markdown table of sets' verdicts: how many each scorer calls right, and where it differs from ours."""
+    names = list(dict.fromkeys(name for verdicts in sets.values() for name in verdicts[0]))
+    lines = [f"| completions | judged | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for title, verdicts in sets.items():
+        cells = [compared(verdicts, name) if name in verdicts[0] else "" for name in names]
+        lines.append(f"| {title} | {len(verdicts)} | {' | '.join(cells)} |")
     return lines
 
 
 def differences(cases: Sequence[dict], verdicts: Sequence[dict[str, bool | None]]) -> list[tuple]:
-    """Return `(scorer, its verdict, mark, case)` of every verdict that differs from ours."""
+    """Return `(set, scorer, its verdict, mark, case)` of every verdict that differs from ours."""
+    words = {None: "skipped", True: "right", False: "wrong"}
     return [
-        (name, verdict, mark_of(case["text"]), case)
+        (case["set"], name, words[verdict if verdict is None else bool(verdict)], mark_of(case["text"]), case)
         for case, one in zip(cases, verdicts, strict=True)
         for name, verdict in one.items()
         if bool(verdict) != bool(one[OURS])
@@ -125,12 +132,10 @@ def differences(cases: Sequence[dict], verdicts: Sequence[dict[str, bool | None]
 
 def kinds_table(differing: Sequence[tuple]) -> list[str]:
     """Return a Markdown table of the kinds of differences and their numbers."""
-    words = {True: "right", False: "wrong"}
-    counts = Counter(
-        (name, "skipped" if verdict is None else words[bool(verdict)], mark) for name, verdict, mark, _ in differing
-    )
+    counts = Counter(tuple(kind) for *kind, _ in differing)
     rows = [f"| {' | '.join(kind)} | {number} |" for kind, number in counts.items()]
-    return ["| scorer | its verdict, not ours | answer marked by | completions |", "|---|---|---|---|", *sorted(rows)]
+    head = ["| completions | scorer | its verdict, not ours | answer marked by | number |", "|---|---|---|---|---|"]
+    return [*head, *rows]
 
 
 def compare(folders: Sequence[Path], python: str, lists: bool) -> None:
@@ -140,7 +145,8 @@ def compare(folders: Sequence[Path], python: str, lists: bool) -> None:
         benchmark, lines, rows = read_set(folder)
         for line in lines:
             row = rows[line["id"]]
-            cases.append(row | {"set": folder, "benchmark": benchmark, "stored": line.get("is_correct")} | line)
+            title = "/".join(folder.resolve().parts[-2:])
+            cases.append(row | {"set": title, "benchmark": benchmark, "stored": line.get("is_correct")} | line)
     sent = ("benchmark", "question", "solution", "answer", "text")
     versions, elsewhere = ask_peers(python, [{key: case[key] for key in sent} for case in cases])
     versions |= {name: version(name) for name in ("trl", "math-verify")}
@@ -149,24 +155,26 @@ def compare(folders: Sequence[Path], python: str, lists: bool) -> None:
         here | there | ({"as published": case[PUBLISHED]} if PUBLISHED in case else {})
         for case, here, there in zip(cases, judge_here(cases), elsewhere, strict=True)
     ]
-    for folder in folders:
-        indices = [index for index, case in enumerate(cases) if case["set"] == folder]
-        some, judged = [cases[index] for index in indices], [verdicts[index] for index in indices]
-        print(f"\n{folder.name}: {len(some)} completions of {len({case['id'] for case in some})} questions\n")
-        print(*agreement_table(judged), sep="\n")
-        changed = sum(case["stored"] not in (None, one[OURS]) for case, one in zip(some, judged, strict=True))
-        if changed:
-            print(f"\n{changed} of our verdicts are not those in {COMPLETIONS}, which another version has judged.")
-        differing = differences(some, judged)
-        if differing:
-            print("", *kinds_table(differing), sep="\n")
-        if lists:
-            print()
-            for name, verdict, mark, case in differing:
-                print(
-                    f"{case['id']} sample {case['sample']}: {name} says {verdict}; answer by {mark}, "
-                    f"{final_answer(case['text'])!r} for {case['answer']!r}; ends in {case['text'][-120:]!r}"
-                )
+    changed = sum(case["stored"] not in (None, one[OURS]) for case, one in zip(cases, verdicts, strict=True))
+    if changed:
+        print(f"{changed} of our verdicts are not those in {COMPLETIONS}, which another version has judged.")
+    for benchmark in dict.fromkeys(case["benchmark"] for case in cases):
+        sets: dict[str, list] = {}
+        for case, one in zip(cases, verdicts, strict=True):
+            if case["benchmark"] == benchmark:
+                sets.setdefault(case["set"], []).append(one)
+        print(f"\n{benchmark}, judged right (+ those that ours calls wrong, - those that only ours calls right):\n")
+        print(*summary_table(sets), sep="\n")
+    differing = differences(cases, verdicts)
+    print("\nVerdicts other than ours:\n")
+    print(*kinds_table(differing), sep="\n")
+    if lists:
+        print()
+        for title, name, verdict, mark, case in differing:
+            print(
+                f"{title}, {case['id']}, sample {case['sample']}: {verdict} by {name}; marked by {mark}, read by us as "
+                f"{final_answer(case['text'])!r} for {case['answer']!r}; ends in {case['text'][-120:]!r}"
+            )
 
 
 def main() -> int:
