@@ -30,6 +30,8 @@ DECIMALS = 6
 MAX_NUMBER_LENGTH = 300
 # GSM8K's and verl's mark of the answer.
 HASH_ANSWER = re.compile(r"^.*####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+# Words are written with or without it, and it holds more or less of the answer.
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
 
 
 def boxed_answer(text: str) -> str | None:
@@ -225,7 +227,7 @@ def _spell_out(answer: str) -> str:
 
 
 def _normalise(answer: str) -> str:
-    answer = answer.strip().strip("$").strip().removesuffix(".")
+    answer = TEXT_COMMAND.sub(r"\1", answer).strip().strip("$").strip().removesuffix(".")
     return re.sub(r"\s+|\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])", "", answer).replace("\\dfrac", "\\frac")
 
 
