@@ -5,8 +5,10 @@ Equal texts and whole numbers are told here and at once. All else goes to math-v
 of time ([`l2t_trl.answer_pool`]), so that no answer can hang training.
 """
 
+import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 
@@ -14,8 +16,22 @@ THINK_CLOSE = "</think>"
 BOXED = "\\boxed"
 # Python refuses to convert longer ones, and no answer is.
 MAX_DIGITS = 1000
+_DECIMAL = r"[+-]?(?:0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+)?(?:\.\d*)?"
+# A decimal number, a/b, \frac{a}{b} or \frac12, and a percent sign.
+NUMBER = re.compile(
+    rf"(?P<sign>[+-]?)(?:\\t?frac(?P<top>{{{_DECIMAL}}}|\d)(?P<bottom>{{{_DECIMAL}}}|\d)|(?P<over>{_DECIMAL})"
+    rf"(?:/(?P<under>{_DECIMAL}))?)(?P<percent>\\?%)?"
+)
+# What numbers stand between in tuples, sets and intervals.
+SEPARATOR = re.compile(r"(\\[{}]|[(),\[\]])")
+# Decimals to which math-verify compares numbers.
+DECIMALS = 6
+# A double holds no more.
+MAX_NUMBER_LENGTH = 300
 # GSM8K's and verl's mark of the answer.
 HASH_ANSWER = re.compile(r"^.*####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+# Words are written with or without it, and it holds more or less of the answer.
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
 
 
 def boxed_answer(text: str) -> str | None:
@@ -138,9 +154,20 @@ def accepted_golds(gold: str | Sequence[str] | None) -> list[str]:
 
 
 def answer_key(answer: str) -> str:
-    """Return a text that answers share which are equal at a glance: white space and whole numbers' notation aside."""
-    number = _whole_number(answer)
-    return _normalise(answer) if number is None else str(number)
+    r"""
+    Return a text that answers share which are equal at a glance: white space and the notation of numbers aside.
+
+    `0.5`, `1/2`, `\frac{1}{2}` and `50\%` are one, alone or in a tuple, set or interval; decimals are compared to as many
+    places as math-verify has. Roots, powers and symbols are as they are written. It takes microseconds and is the same
+    everywhere, which a comparison within a limit of time is not.
+    """
+    whole = _whole_number(answer)
+    if whole is not None:
+        return str(whole)
+    text = _normalise(answer)
+    # As a whole first: the commas of thousands separate nothing.
+    parts = [text] if NUMBER.fullmatch(text) else SEPARATOR.split(text)
+    return "".join(_number_key(part) for part in parts)
 
 
 def counts() -> dict[str, int]:
@@ -169,13 +196,38 @@ def _judge_at_once(given: str | None, accepted: list[str]) -> tuple[bool | None,
     return (None if len(undecided) == len(accepted) else False), undecided
 
 
+def _number_key(text: str) -> str:
+    """Return a text that equal numbers share; what is no number stays as it is."""
+    value = _number(text)
+    if value is None:
+        return text
+    # As many places more as a small number has zeros behind its point.
+    zeros = -math.floor(math.log10(abs(value))) - 1 if value else 0
+    return str(round(value, DECIMALS + max(0, zeros)))
+
+
+def _number(text: str) -> Fraction | None:
+    match = NUMBER.fullmatch(text.removeprefix("\\$")) if len(text) <= MAX_NUMBER_LENGTH else None
+    if match is None:
+        return None
+    top, bottom = (match["top"], match["bottom"]) if match["top"] else (match["over"], match["under"])
+    try:
+        over, under = (
+            Fraction(part.strip("{}").replace(",", "")) for part in (top, "1" if bottom is None else bottom)
+        )
+        value = over / under / (100 if match["percent"] else 1)
+    except (ValueError, ZeroDivisionError):  # no digit at all, as in "." and "-", or a denominator of 0
+        return None
+    return -value if match["sign"] == "-" else value
+
+
 def _spell_out(answer: str) -> str:
     r"""Write 4.5e33, in which math-verify sees Euler's number, as 4.5 \times 10^{33}."""
     return re.sub(r"^([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)$", r"\1 \\times 10^{\2}", answer)
 
 
 def _normalise(answer: str) -> str:
-    answer = answer.strip().strip("$").strip().removesuffix(".")
+    answer = TEXT_COMMAND.sub(r"\1", answer).strip().strip("$").strip().removesuffix(".")
     return re.sub(r"\s+|\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])", "", answer).replace("\\dfrac", "\\frac")
 
 

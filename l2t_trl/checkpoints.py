@@ -11,11 +11,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from l2t_trl.compression import CompressionPenalty
+from l2t_trl.errors import UserError, one_line
+
 
 STATE_FILE = "l2t_state.safetensors"  # the same on all ranks, written by the first
 RANK_FILE = "l2t_rank_{:0>5}.safetensors"  # each rank's own
 # Beside the number of processes, what the shape of a rank's pending completions depends on.
 ROLLOUT_SETTINGS = ("steps_per_generation", "per_device_train_batch_size")
+# What STATE_FILE holds beside the bases `u.*` and `v.*`, and what it may hold.
+ENTRIES = (
+    *(f"penalty.{name}" for name in CompressionPenalty.STATE),
+    *("bases_step", "step", "world_size", *ROLLOUT_SETTINGS, "has_pending"),
+)
+OPTIONAL_ENTRIES = ("last_gradient",)
+START_ANEW = "start anew from these weights by model_name_or_path"
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -63,17 +73,22 @@ def is_complete(folder: Path) -> bool:
     """
     try:
         json.loads((folder / "trainer_state.json").read_text())
-        world_size = 1
+        world_size = None
         if (folder / STATE_FILE).exists():
             with safe_open(folder / STATE_FILE, "pt") as state:
-                world_size = int(state.get_tensor("world_size"))
+                # Not in those of old versions, which are whole all the same, and refused where one would go on.
+                if "world_size" in state.keys():
+                    world_size = int(state.get_tensor("world_size"))
     except (OSError, ValueError, SafetensorError):
         return False
     if list(folder.glob("*.new")):
         return False
+    found = {path.name for path in folder.glob("rng_state*.pth")}
+    if world_size is None:
+        world_size = _num_shards(folder) or len(found)
     names = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
     # With save_only_model there is no random state at all.
-    return not list(folder.glob("rng_state*.pth")) or all((folder / name).exists() for name in names)
+    return not found or found.issuperset(names)
 
 
 def check_resumable(folder: Path, args) -> None:
@@ -85,25 +100,28 @@ def check_resumable(folder: Path, args) -> None:
         args ([`L2TConfig`]): settings of the run that is to go on.
 
     Raises:
-        ValueError: if the optimiser's state is sharded otherwise, or completions are left that this run cannot use.
+        UserError: if the optimiser's state is sharded otherwise, if another version of this package has saved other things
+            than are needed here, or if completions are left that this run cannot use.
     """
     is_sharded, uses_deepspeed = any(folder.glob("global_step*")), args.deepspeed_plugin is not None
     if is_sharded != uses_deepspeed:
         saved, got = ("with", "without") if is_sharded else ("without", "with")
-        raise ValueError(
+        raise UserError(
             f"{folder} was saved {saved} DeepSpeed's optimiser state, got a run {got} DeepSpeed. Set accelerate_config "
-            "as it was then, or start anew from these weights by model_name_or_path."
+            f"as it was then, or {START_ANEW}."
         )
-    if not (folder / STATE_FILE).exists():
+    saved = _read_state(folder)
+    # Plain GRPO has saved nothing but the shards themselves.
+    num_shards = _num_shards(folder) if saved is None else saved["world_size"]
+    is_split_anew = is_sharded and num_shards not in (None, args.world_size)
+    if is_split_anew and not _is_universal(args.deepspeed_plugin):
+        raise UserError(
+            f"{folder} holds DeepSpeed's shards for num_processes {num_shards}, got {args.world_size}. Set "
+            f"num_processes to {num_shards}, or {START_ANEW}."
+        )
+    if saved is None:
         return
-    with safe_open(folder / STATE_FILE, "pt") as state:
-        saved = {name: int(state.get_tensor(name)) for name in ("world_size", *ROLLOUT_SETTINGS)}
-        has_pending = bool(state.get_tensor("has_pending"))
-    if is_sharded and saved["world_size"] != args.world_size and not _is_universal(args.deepspeed_plugin):
-        raise ValueError(
-            f"{folder} holds DeepSpeed's shards for num_processes {saved['world_size']}, got {args.world_size}. Set "
-            f"num_processes to {saved['world_size']}, or start anew from these weights by model_name_or_path."
-        )
+    has_pending = saved.pop("has_pending")
     now = {"world_size": args.world_size} | {name: getattr(args, name) for name in ROLLOUT_SETTINGS}
     if has_pending and saved != now:
         saved["num_processes"], now["num_processes"] = saved.pop("world_size"), now.pop("world_size")
@@ -111,10 +129,62 @@ def check_resumable(folder: Path, args) -> None:
         then, got = (", ".join(f"{name} {values[name]}" for name in changed) for values in (saved, now))
         rollout = args.steps_per_generation * args.num_iterations
         every = math.lcm(rollout, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
-        raise ValueError(
+        raise UserError(
             f"{folder} holds completions that are still to be trained on with {then}, got {got}. Set what it was, or "
             f"resume from a checkpoint that ends a rollout: every {every} steps there is one."
         )
+
+
+def _read_state(folder: Path) -> dict[str, int] | None:
+    """
+    Return what a checkpoint's rollouts depend on and whether completions are left, or `None` for one of plain GRPO.
+
+    Raises:
+        UserError: if the file lacks an entry, has one that is not known, or cannot be read.
+    """
+    path = folder / STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as state:
+            names = set(state.keys())
+            missing = [name for name in ENTRIES if name not in names]
+            if not missing and int(state.get_tensor("bases_step")) >= 0:
+                missing = _missing_bases(names)
+            unknown = sorted(name for name in names if not _is_known(name))
+            if unknown:
+                raise UserError(
+                    f"{folder} has {', '.join(unknown)} in {STATE_FILE}, which this version of l2t_trl does not know: a "
+                    f"newer one has saved it. Update l2t_trl, or {START_ANEW}."
+                )
+            if missing:
+                raise UserError(
+                    f"{folder} has no {', '.join(missing)} in {STATE_FILE}, without which this version of l2t_trl cannot go "
+                    f"on: an older one has saved it. Go on with that one, or {START_ANEW}."
+                )
+            return {name: int(state.get_tensor(name)) for name in ("world_size", *ROLLOUT_SETTINGS, "has_pending")}
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}). Resume from another checkpoint, or {START_ANEW}."
+        ) from error
+
+
+def _is_known(name: str) -> bool:
+    return name in (*ENTRIES, *OPTIONAL_ENTRIES) or name.startswith(("u.", "v."))
+
+
+def _missing_bases(names: set[str]) -> list[str]:
+    """Names of the bases' second halves that are not there; `u.*` stands for all where there are none."""
+    modules = {name[2:] for name in names if name.startswith(("u.", "v."))}
+    return sorted({f"{half}.{module}" for half in "uv" for module in modules or "*"} - names)
+
+
+def _num_shards(folder: Path) -> int | None:
+    """Number of processes whose shard of the optimiser DeepSpeed has saved; `None` if it has sharded nothing."""
+    latest = folder / "latest"
+    tag = latest.read_text().strip() if latest.is_file() else "global_step*"
+    shards = (re.search(r"zero_pp_rank_(\d+)_", path.name) for path in folder.glob(f"{tag}/*_optim_states.pt"))
+    return len({match[1] for match in shards if match}) or None
 
 
 def _is_universal(deepspeed_plugin) -> bool:

@@ -22,6 +22,13 @@ COMMANDS = {
 }
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like every other of the commands, rather than all options before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help lists the options)\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Run one subcommand.
@@ -34,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         `int`: exit code; 2 for a mistake in what the user gave.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="l2t", description="Learning to Think on TRL.")
+    parser = OneLineParser(prog="l2t", description="Learning to Think on TRL.")
     parser.add_argument("--version", action="version", version=f"l2t_trl {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
@@ -53,7 +60,7 @@ def run(command: str, argv: list[str]) -> int:
     if command == "train":
         return report_errors(command, lambda: module.run(argv))
     summary = COMMANDS[command]
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"l2t {command}", description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
     )
     module.add_arguments(parser)

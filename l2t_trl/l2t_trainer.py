@@ -30,7 +30,7 @@ from l2t_trl.compression import CompressionPenalty
 from l2t_trl.continuations import all_cuts, mean_rewards
 from l2t_trl.data.checks import check_rows
 from l2t_trl.episodes import segment, token_bytes
-from l2t_trl.errors import RolloutError
+from l2t_trl.errors import RolloutError, UserError
 from l2t_trl.generation.engine import rollout_engine
 from l2t_trl.l2t_config import L2TConfig
 from l2t_trl.metrics import importance_shares, summarise, zero_std_share
@@ -164,6 +164,8 @@ class L2TTrainer(GRPOTrainer):
         folder = get_last_checkpoint(self.args.output_dir) if is_last else resume_from_checkpoint
         if folder:
             check_resumable(Path(folder), self.args)
+            if self.has_process_reward and not (Path(folder) / STATE_FILE).exists():
+                raise UserError(f"{folder} has no {STATE_FILE}: it is not a checkpoint of an L2T run. Start anew.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -452,8 +454,6 @@ class L2TTrainer(GRPOTrainer):
         if not self.has_process_reward or checkpoint is None:
             return
         folder, device = Path(checkpoint), self.accelerator.device
-        if not (folder / STATE_FILE).exists():
-            raise ValueError(f"{checkpoint} has no {STATE_FILE}: it is not a checkpoint of an L2T run. Start anew.")
         state = {name: value.to(device) for name, value in load_file(folder / STATE_FILE).items()}
         self._penalty.load_state_dict({name: state[f"penalty.{name}"] for name in CompressionPenalty.STATE})
         if (step := int(state["bases_step"])) >= 0:

@@ -54,6 +54,10 @@ def run_script(text: str, **options) -> subprocess.CompletedProcess:
         ("\\$18", "18", True),
         ("a + b", "a+b", True),
         ("\\dfrac{1}{2}", "\\frac{1}{2}", True),
+        ("4:30 \\text{ p.m.}", "\\text{4:30 p.m.}", True),
+        ("15 cm^2", "15\\mbox{ cm}^2", True),
+        ("Evelyn.", "\\text{Evelyn}", True),
+        ("4:30 \\text{ a.m.}", "\\text{4:30 p.m.}", None),
         ("81", ["080", "081"], True),
         ("82", ["080", "081"], False),
         ("5", "", None),
@@ -90,7 +94,55 @@ def test_one_of_several_golds_is_enough(own_shared_pool, monkeypatch, found, ver
 
 def test_answer_key_is_shared_by_equal_notations():
     assert answers.answer_key("1,200") == answers.answer_key("01200") == answers.answer_key("1200.0") == "1200"
-    assert answers.answer_key("\\dfrac{1}{2}") == answers.answer_key("\\frac{1} {2}") != answers.answer_key("0.5")
+    assert answers.answer_key("\\dfrac{x}{2}") == answers.answer_key("\\frac{x} {2}") != answers.answer_key("x/2")
+
+
+NOTATIONS = {
+    "1/2": ["\\frac{1}{2}", "\\dfrac12", "\\tfrac{2}{4}", "0.5", ".50", "$0.5$", "\\$0.50", "+1/2", "50\\%", "50%"],
+    "-1/2": ["-\\frac{1}{2}", "\\frac{-1}{2}", "-0.5"],
+    "2": ["4/2", "2.", "\\frac{4}{2}", "200\\%"],
+    "2469/2": ["1,234.5", "1234.50"],
+    "(1/2,3]": ["\\left(0.5, 3.0\\right]", "(\\frac{1}{2}, 3]"],
+    "\\{1/2,x\\}": ["\\{ 0.5, x \\}"],
+    # To six decimals, or as many digits of what is smaller.
+    "333333/1000000": ["1/3", "\\frac13", "0.333333", "0.33333333"],
+    "1/10000000": ["0.0000001", "0.00001\\%"],
+    # No numbers: as they are written.
+    "1/0": ["1 / 0"],
+    "\\frac{\\sqrt{3}}{2}": ["\\dfrac{\\sqrt{3}}{2}"],
+    "10/2/5": ["10/2/5"],
+    "1/": ["1/"],
+    "": ["$$"],
+    "-": ["-"],
+}
+
+
+@pytest.mark.parametrize("key", NOTATIONS)
+def test_answer_key_of_numbers_by_hand(key):
+    assert [answers.answer_key(answer) for answer in [key, *NOTATIONS[key]]] == [key] * (len(NOTATIONS[key]) + 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1/3", "0.33333"), ("0.0000001", "0.0000002"), ("(1,2)", "12"), ("(1,2)", "[1,2]"), ("0,5", "0.5"), ("5", "5%")],
+)
+def test_answer_key_tells_values_apart(one, other):
+    assert answers.answer_key(one) != answers.answer_key(other)
+
+
+def test_answer_key_of_hostile_text_is_quick_and_harmless():
+    for answer in ("1" * 10**5 + ".5", "0." + "0" * 10**5 + "1", "1," * 10**5, "(" * 10**5, "\\frac{" * 10**4):
+        assert isinstance(answers.answer_key(answer), str)
+
+
+def test_answer_key_agrees_with_math_verify():
+    from l2t_trl.answer_worker import compare
+
+    written = ["1/2", "\\frac{1}{2}", "0.5", "50\\%", "1/3", "0.333333", "0.3333", "-\\frac{3}{4}", "-0.75", "1.5"]
+    for one in written:
+        for other in written:
+            is_equal = answers.answer_key(one) == answers.answer_key(other)
+            assert compare(one, other) is is_equal, (one, other)
 
 
 # The pool

@@ -86,6 +86,15 @@ def test_train_help_lists_every_field_with_its_help(capsys):
                 assert help_text in words, field.name
 
 
+def test_train_help_names_every_known_data_set():
+    from l2t_trl.data.registry import all_names
+
+    (field,) = (
+        field for field in fields.read_fields(train.__file__, "L2TScriptArguments") if field.name == "dataset_name"
+    )
+    assert f": {', '.join(all_names()[:-1])} or {all_names()[-1]};" in field.help
+
+
 def test_train_help_shows_the_defaults_that_hold(capsys):
     main(["train", "--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -420,6 +429,21 @@ def test_what_the_trainer_refuses_is_said_once_for_all_processes(launch_tiny):
     assert result.returncode == 2, result.stderr[-3000:]
     assert result.stderr.count("l2t train: error: proxy_modules='no_such_module' matches no linear layer of") == 1
     assert result.stderr.count("no_such_module") == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_control_refuses_another_number_of_shards(launch_tiny, tmp_path):
+    settings = {"method": "grpo", "eval_before_after": False, "save_strategy": "steps", "save_steps": 1}
+    result = launch_tiny("cpu_zero2", **settings)
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = launch_tiny("cpu_zero2", **settings, max_steps=2, resume_from_checkpoint="auto", num_processes=1)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert (
+        f"l2t train: error: {tmp_path / 'out' / 'checkpoint-1'} holds DeepSpeed's shards for num_processes 2, got 1. Set "
+        "num_processes to 2, or start anew from these weights by model_name_or_path."
+    ) in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -9,11 +9,13 @@ import pytest
 from datasets import Dataset
 
 from l2t_trl import L2TTrainer
+from l2t_trl.cli import main
 from l2t_trl.data import humaneval
 from l2t_trl.data.benchmarks import get_benchmark
 from l2t_trl.data.code import with_tests
+from l2t_trl.data.generated import generate_rows
 from l2t_trl.data.loading import load_rows
-from l2t_trl.data.python_functions import KINDS, load_functions, make_functions
+from l2t_trl.data.python_functions import KINDS, make_functions
 from l2t_trl.errors import UserError
 from l2t_trl.evaluation.code import extract_code, run_tests
 from l2t_trl.evaluation.sandbox import Job, shared_sandbox
@@ -106,7 +108,7 @@ ROW = {
     ],
 )
 def test_judging_by_hand(sandbox, text, is_right):
-    assert humaneval.judge(text, ROW) is is_right
+    assert humaneval.judge([text], [ROW]) == [is_right]
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
@@ -166,12 +168,11 @@ def test_solutions_pass_their_tests_and_no_others(sandbox):
 
 
 def test_tasks_are_many_different_and_held_out():
-    train, test = load_functions("train"), load_functions("test")
+    train, test = (generate_rows("python-functions", split, None, 0, None) for split in ("train", "test"))
     assert {row["kind"] for row in train} == {row["kind"] for row in test} == {kind.name for kind in KINDS}
     assert len(KINDS) >= 12 and (len(train), len(test)) == (1024, 128)
     texts = [[row["question"].split(" For example,")[0] for row in rows] for rows in (train, test)]
     assert len(set(texts[0])) == 1024 and len(set(texts[1])) == 128 and not set(texts[0]) & set(texts[1])
-    assert load_functions("validation") is None
 
 
 def test_equal_seeds_give_equal_tasks():
@@ -188,7 +189,7 @@ RECORDED_QUESTION = (
 
 
 def test_no_more_tasks_than_there_are():
-    with pytest.raises(ValueError, match="got size=100000; there are about"):
+    with pytest.raises(ValueError, match="got size=100000; set less, there are about"):
         make_functions(100_000, 0, "test")
     with pytest.raises(ValueError, match="got split='dev'"):
         make_functions(1, 0, "dev")
@@ -245,6 +246,96 @@ def test_mbpp_under_the_data_root(tmp_path, monkeypatch, args, tiny_tokenizer, s
     rows, _ = load_rows(script, args, tiny_tokenizer)
     assert "assert double(2) == 4" in rows[0]["prompt"][0]["content"] and "answer" not in rows.column_names
     assert code([MBPP["code"], "def double(x): return x"], tests=rows["tests"][:] * 2) == [1.0, 0.0]
+    # There are no answers, which the evaluation before and after would want.
+    with pytest.raises(UserError, match=r"no column 'answer' \(answer_column\)"):
+        load_rows(L2TScriptArguments(dataset_name="google-research-datasets/mbpp"), args, tiny_tokenizer)
+
+
+SANITIZED = {
+    "source_file": "made up",
+    "task_id": 7,
+    "prompt": "Write a function that rounds up.",
+    "code": "import math\ndef up(x):\n    return math.ceil(x)",
+    "test_imports": ["import math"],
+    "test_list": ["assert up(1.5) == math.ceil(1.5)"],
+}
+
+
+@pytest.fixture
+def mbpp_root(tmp_path, monkeypatch):
+    """Rows of ours in a data root, as the Hub lays MBPP out."""
+    monkeypatch.setenv("L2T_DATA_ROOT", str(tmp_path))
+
+    def write(rows, path):
+        file = tmp_path / "google-research-datasets/mbpp" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".parquet":
+            Dataset.from_list(rows).to_parquet(str(file))
+        else:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return write
+
+
+@pytest.mark.parametrize("file_type", ["jsonl", "parquet"])
+def test_mbpp_by_its_name(mbpp_root, args, tiny_tokenizer, sandbox, file_type):
+    triple = MBPP | {"task_id": 3, "text": "Triple.", "code": "def triple(x): return 3 * x"}
+    triple["test_list"] = ["assert triple(base) == 3"]
+    mbpp_root([MBPP, triple], f"full/train.{file_type}")
+    mbpp_root([MBPP | {"task_id": 11}], f"full/test.{file_type}")
+    said = []
+    script = L2TScriptArguments(dataset_name="mbpp", eval_before_after=False)
+    train, test = load_rows(script, args, tiny_tokenizer, said.append)
+    assert said == ["mbpp: 2 rows, where 374 were expected.", "mbpp: 1 rows, where 500 were expected."]
+    assert train["id"][:] == ["2", "3"] and test["id"][:] == ["11"] and "answer" not in train.column_names
+    assert train["tests"][1] == "base = 1\nassert triple(base) == 3"
+    assert (
+        train["prompt"][1][0]["content"] == "Triple.\nYour code should pass these tests:\n\nassert triple(base) == 3"
+    )
+    # The reward pays the solution of a row, not another's.
+    texts = [f"```python\n{train['code'][k]}\n```" for k in (0, 1, 0)]
+    assert code(texts, tests=[train["tests"][k] for k in (0, 1, 1)]) == [1.0, 1.0, 0.0]
+
+
+def test_mbpps_sanitized_part(mbpp_root, args, tiny_tokenizer, sandbox):
+    mbpp_root([SANITIZED], "sanitized/train.jsonl")
+    mbpp_root([SANITIZED], "sanitized/test.jsonl")
+    said = []
+    script = L2TScriptArguments(dataset_name="mbpp", dataset_config="sanitized", eval_before_after=False)
+    train, _ = load_rows(script, args, tiny_tokenizer, said.append)
+    assert said == [] and "rounds up" in train["prompt"][0][0]["content"]
+    assert code([SANITIZED["code"]], tests=train["tests"][:]) == [1.0]
+
+
+def test_mbpp_is_shown_and_prepared(mbpp_root, tmp_path, capsys, args, tiny_tokenizer):
+    mbpp_root([MBPP, MBPP | {"task_id": 3, "test_list": ["assert ("]}], "full/train.jsonl")
+    mbpp_root([MBPP], "full/test.jsonl")
+    assert main(["data", "show", "mbpp"]) == 0
+    out = capsys.readouterr().out
+    assert "https://huggingface.co/datasets/google-research-datasets/mbpp\nlicence: CC-BY-4.0\ntrain: 2 rows" in out
+    assert "columns: id, question, tests, code" in out and "tests that are not Python: 1 (row 1)" in out
+    folder = tmp_path / "out"
+    assert main(["data", "prepare", "mbpp", "--output", str(folder)]) == 2
+    assert "tests that are not Python: 1 (row 1). Mend them" in capsys.readouterr().err
+    assert main(["data", "prepare", "mbpp", "--output", str(folder), "--on_bad_row", "drop"]) == 0
+    train, _ = load_rows(L2TScriptArguments(dataset_name=str(folder), eval_before_after=False), args, tiny_tokenizer)
+    assert train["tests"][:] == ["base = 1\nassert double(2) == 4\nassert double(base) == 2"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"task_id": 1, "text": "?", "code": ""}], "mbpp has no column 'test_list'; it has task_id, text, code"),
+        ([{"task_id": 1, "test_list": ["a"]}], "mbpp has no column 'text' or 'prompt'; it has task_id, test_list"),
+        ([MBPP, MBPP | {"test_list": None}], r"row 1 \(counted from 0\) .* no text in 'question' or no 'tests'"),
+        ([MBPP, MBPP], "id '2' is that of two rows"),
+        ([], "has no rows in its split 'train'"),
+    ],
+)
+def test_unusable_mbpp(mbpp_root, args, tiny_tokenizer, rows, message):
+    mbpp_root(rows, "full/train.jsonl")
+    with pytest.raises(UserError, match=message):
+        load_rows(L2TScriptArguments(dataset_name="mbpp", eval_before_after=False), args, tiny_tokenizer)
 
 
 def test_two_steps_of_training_on_functions(tiny_folder, tmp_path, args, tiny_tokenizer, sandbox):

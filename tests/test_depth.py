@@ -2,10 +2,11 @@
 
 import pytest
 
+from l2t_trl.data.benchmarks import Benchmark
 from l2t_trl.episodes import token_bytes
 from l2t_trl.evaluation import EvaluatedCompletion, Evaluation
-from l2t_trl.evaluation.benchmark_run import budget_curve
-from l2t_trl.evaluation.depth import accuracy_when_asked, depth_curve, find_cuts, first_answer
+from l2t_trl.evaluation.benchmark_run import Sampling, Task, budget_curve
+from l2t_trl.evaluation.depth import Asking, accuracy_when_asked, ask_answers, depth_curve, find_cuts, first_answer
 
 
 PROBE = "\\boxed{"
@@ -103,3 +104,46 @@ def test_cuts_lie_behind_the_episodes(tiny_tokenizer):
 )
 def test_the_first_answer_counts(text, answer):
     assert first_answer(PROBE, text) == answer
+
+
+@pytest.mark.parametrize(
+    ("shares_prefixes", "order"),
+    [
+        # b's cut completion is the longer one; its cuts come first, and of each the longest.
+        (True, [("b", 30), ("b", 4), ("b", 0), ("a", 25), ("a", 10), ("a", 0)]),
+        (False, [("b", 30), ("a", 25), ("a", 10), ("b", 4), ("a", 0), ("b", 0)]),
+    ],
+)
+def test_cuts_stand_beside_those_that_share_what_is_read_or_those_of_like_length(
+    tmp_path, tiny_tokenizer, shares_prefixes, order
+):
+    """A model that answers 0 everywhere, and notes what it is asked."""
+    prompts = {"a": [1, 2], "b": [3]}
+    rows = [{"id": id, "question": id, "answer": "0"} for id in prompts]
+    benchmark = Benchmark("made-up", 2, lambda: rows, lambda texts, rows: [text.endswith("0}") for text in texts])
+    lines = [{"id": "a", "sample": 0, "ids": [5] * 30}, {"id": "b", "sample": 0, "ids": [6] * 40}]
+    answer = tiny_tokenizer("0}", add_special_tokens=False)["input_ids"]
+    asked = []
+
+    class Engine:
+        def complete(self, prompts, seeds, max_tokens, temperature, top_p):
+            asked.extend(prompts)
+            assert len(set(seeds)) == len(seeds)
+            return [answer for _ in prompts]
+
+    answers = ask_answers(
+        Task(benchmark, rows, list(prompts.values())),
+        lines,
+        [[0, 10, 25], [0, 4, 30]],
+        tiny_tokenizer,
+        Engine,
+        Sampling(1, 40, 1.0, 1.0, 0, batch_size=4),
+        Asking(PROBE, "auto", 3, 2, 4),
+        tmp_path,
+        shares_prefixes,
+    )
+    probe = tiny_tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    token = {"a": 5, "b": 6}
+    # Two answers are asked for at each cut.
+    assert asked == [[*prompts[id], *[token[id]] * cut, *probe] for id, cut in order for _ in range(2)]
+    assert all(line["verdicts"] == [True, True] and line["answers"] == ["0}", "0}"] for line in answers)

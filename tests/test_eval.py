@@ -270,6 +270,17 @@ def test_batches_begin_where_those_of_an_unbroken_run_do(tmp_path):
         assert journal.done == keys
 
 
+def test_the_file_holds_whole_lines_and_memory_what_is_kept_of_them(tmp_path):
+    lines = [{"id": number, "ids": [number] * 9} for number in range(3)]
+    keys = [{"id": line["id"]} for line in lines]
+    for done in (0, 2):
+        with Journal(tmp_path / "file", keys, 2, lambda line: line | {"ids": len(line["ids"])}) as journal:
+            assert journal.done == [{"id": number, "ids": 9} for number in range(done)]
+            journal.add(lines[done : done + 2])
+            assert journal.done[-1] == {"id": min(done + 1, 2), "ids": 9}
+    assert [json.loads(line) for line in (tmp_path / "file").read_text().splitlines()] == lines
+
+
 def test_two_at_a_time_are_refused(tmp_path):
     keys = [{"id": "0"}]
     with Journal(tmp_path / "file", keys, 1), pytest.raises(UserError, match="another evaluation is writing"):
@@ -316,7 +327,95 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys):
     assert f"--output {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody may write to")
+def test_a_read_only_output_is_named(capsys):
+    assert main(command("/proc")) == 2
+    assert "l2t eval: error: --output /proc cannot be written: " in capsys.readouterr().err
+
+
+def test_what_is_no_result_is_left_out_of_the_table_and_said(unbroken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "TransformersEngine", refuse_engine)
+    shutil.copytree(unbroken / "arithmetic", tmp_path / "arithmetic")
+    for name, text in (("half", "{"), ("other", "{}"), ("list", "[1]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(text)
+    assert main(command(tmp_path, *CURVES)) == 0
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'half' / 'metrics.json'} is left out of results.md: it cannot be read (" in error
+    for name in ("other", "list"):
+        assert f"{tmp_path / name / 'metrics.json'} is left out of results.md: it is not of an evaluation." in error
+    assert (tmp_path / "results.md").read_bytes() == (unbroken / "results.md").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_damaged_settings_are_named(tmp_path, monkeypatch, capsys, text):
+    monkeypatch.setattr(engines, "TransformersEngine", refuse_engine)
+    (tmp_path / "arithmetic").mkdir()
+    (tmp_path / "arithmetic" / "settings.json").write_text(text)
+    assert main(command(tmp_path)) == 2
+    assert "settings.json cannot be read (" in capsys.readouterr().err
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("samples", "0", "must be a whole number, 1 or larger, got '0'"),
+        ("limit", "0", "must be a whole number, 1 or larger, got '0'"),
+        ("limit", "few", "must be a whole number, 1 or larger, got 'few'"),
+        ("max_tokens", "-1", "must be a whole number, 1 or larger, got '-1'"),
+        ("temperature", "nan", "must be a finite number, 0 or larger, got 'nan'"),
+        ("top_p", "0", "must be above 0 and at most 1, got '0'"),
+        ("seed", "-1", "must be a whole number, 0 or larger, got '-1'"),
+        ("dtype", "float8", "invalid choice: 'float8' (choose from"),
+        ("episode_format", "words", "invalid choice: 'words' (choose from"),
+    ],
+)
+def test_a_wrong_value_is_one_line(tmp_path, capsys, option, value, expected):
+    with pytest.raises(SystemExit) as caught:
+        main(command(tmp_path / "out", **{option: value}))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"l2t eval: error: argument --{option}: {expected}")
+    assert line.endswith("(l2t eval --help lists the options)")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*command(tmp_path), "--sample", "3"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "l2t eval: error: unrecognized arguments: --sample 3 (l2t eval --help lists the options)"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "has no file <split>.jsonl, nor of another type that can be read. Put the data there"),
+        ("", "gsm8k: openai/gsm8k has no rows in its split 'test' under {root}; mend the file, or set L2T_DATA_ROOT"),
+        ("{}\n", "gsm8k: openai/gsm8k has no column 'question'"),
+        ("no\n", "test.jsonl:1: not valid JSON"),
+    ],
+)
+def test_a_benchmark_file_that_cannot_be_used(tmp_path, monkeypatch, capsys, text, expected):
+    monkeypatch.setattr(engines, "TransformersEngine", refuse_engine)
+    monkeypatch.setenv("L2T_DATA_ROOT", str(tmp_path))
+    folder = tmp_path / "openai/gsm8k/main"
+    folder.mkdir(parents=True)
+    if text is not None:
+        (folder / "test.jsonl").write_text(text)
+    assert main(command(tmp_path / "out", benchmark="gsm8k")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("l2t eval: error: ") and expected.format(root=tmp_path) in line
+
+
+def test_spaces_between_benchmarks_do_not_matter(unbroken, monkeypatch, capsys):
+    monkeypatch.setattr(engines, "TransformersEngine", refuse_engine)
+    assert main(command(unbroken, *CURVES, benchmark=" arithmetic , arithmetic")) == 0
+    assert main(command(unbroken, *CURVES, benchmark="arithmetic,")) == 2
+    assert "'' is no benchmark. There are aime24" in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark_is_named_before_anything_else(tmp_path, monkeypatch, capsys):
@@ -367,7 +466,7 @@ def test_vllm_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
 
 def test_depth_needs_answers_in_words(tmp_path, monkeypatch, capsys):
     rows = [{"id": "0", "question": "Write a function.", "answer": None}]
-    made_up = Benchmark("made-up", 1, lambda: rows, lambda text, row: None)
+    made_up = Benchmark("made-up", 1, lambda: rows, lambda texts, rows: [None] * len(texts))
     monkeypatch.setitem(BENCHMARKS, "made-up", made_up)
     assert main(command(tmp_path, "--depth_curve", benchmark="made-up")) == 2
     assert "--depth_curve: made-up has no answers in words" in capsys.readouterr().err
@@ -379,12 +478,14 @@ def test_depth_needs_answers_in_words(tmp_path, monkeypatch, capsys):
 
 def test_rows_with_one_id_and_missing_rows_are_said(tmp_path, monkeypatch, capsys):
     rows = [{"id": "0", "question": "1 + 1?", "answer": "2"}]
-    monkeypatch.setitem(BENCHMARKS, "few", Benchmark("few", 3, lambda: rows, lambda text, row: False))
+    monkeypatch.setitem(BENCHMARKS, "few", Benchmark("few", 3, lambda: rows, lambda texts, rows: [False] * len(texts)))
     words = command(tmp_path, benchmark="few", samples=1)
     index = words.index("--limit")
     assert main(words[:index] + words[index + 2 :]) == 0
     assert "few: 1 questions where 3 are expected" in capsys.readouterr().err
-    monkeypatch.setitem(BENCHMARKS, "twice", Benchmark("twice", 2, lambda: rows * 2, lambda text, row: False))
+    monkeypatch.setitem(
+        BENCHMARKS, "twice", Benchmark("twice", 2, lambda: rows * 2, lambda texts, rows: [False] * len(texts))
+    )
     assert main(command(tmp_path, benchmark="twice")) == 2
     assert "twice: two rows have the same id" in capsys.readouterr().err
 

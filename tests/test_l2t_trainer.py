@@ -5,13 +5,15 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 import literal
 from l2t_trl import L2TTrainer
+from l2t_trl.checkpoints import ENTRIES, STATE_FILE, save_tensors
 from l2t_trl.episodes import segment, token_bytes
-from l2t_trl.errors import RolloutError
+from l2t_trl.errors import RolloutError, UserError
 from l2t_trl.model_card import write_model_card
 from l2t_trl.proxy import proxy_module_names
 from l2t_trl.scoring import Scorer
@@ -272,6 +274,21 @@ def test_a_checkpoint_without_our_state_is_refused(tagged_folder, tmp_path):
     ours = make_trainer(L2TTrainer, tagged_folder, tmp_path / "b", max_steps=4)
     with pytest.raises(ValueError, match="not a checkpoint of an L2T run"):
         ours.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_before_it_is_loaded(tagged_folder, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make_trainer(L2TTrainer, tagged_folder, tmp_path / "a", **settings).train()
+    path = tmp_path / "a" / "checkpoint-2" / STATE_FILE
+    state = load_file(path)
+    # All that is saved is known, and nothing else is asked for.
+    assert {name for name in state if not name.startswith(("u.", "v."))} == {*ENTRIES}
+    save_tensors(path, {name: value for name, value in state.items() if name != "has_pending"})
+    ours = make_trainer(L2TTrainer, tagged_folder, tmp_path / "b", max_steps=4)
+    before = weights(ours)
+    with pytest.raises(UserError, match="has no has_pending in l2t_state.safetensors"):
+        ours.train(resume_from_checkpoint=str(path.parent))
+    assert all_equal(before, weights(ours))
 
 
 def test_completions_that_are_left_cannot_be_shared_out_anew(tagged_folder, tmp_path):

@@ -7,11 +7,13 @@ import pytest
 
 from l2t_trl.data.benchmarks import BENCHMARKS, get_benchmark
 from l2t_trl.data.decontamination import Overlap
+from l2t_trl.data.generated import find_generated, generate_rows
 from l2t_trl.data.loading import read_rows, read_split
 from l2t_trl.data.registry import (
     BY_HUB_ID,
     SOURCES,
     aime_golds,
+    all_names,
     omni_math_tier,
     plain_gold,
     without_boxed_answer,
@@ -41,6 +43,43 @@ def test_names_and_hub_ids_tell_the_sets_apart():
     for name, source in SOURCES.items():
         if source.is_benchmark:
             assert BENCHMARKS[name].num_rows == source.splits["test"][1]
+
+
+def test_generated_sets_are_found_by_one_look_up():
+    assert [find_generated(name).name for name in ("arithmetic", "python-functions", "reasoning_gym:chain_sum")] == [
+        "arithmetic",
+        "python-functions",
+        "reasoning_gym",
+    ]
+    assert find_generated("humaneval").is_for_eval_only
+    # Neither a task of what has none, nor what is read.
+    for name in ("arithmetic:x", "gsm8k", "no/such", "./arithmetic"):
+        assert find_generated(name) is None
+    assert all_names() == [*SOURCES, "arithmetic", "python-functions", "reasoning_gym:NAME"]
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "python-functions", "reasoning_gym:chain_sum"])
+def test_generated_rows_follow_split_size_and_seed(name):
+    pytest.importorskip("reasoning_gym")
+    rows = generate_rows(name, "train", 6, 3, None)
+    assert len(rows) == 6 and rows == generate_rows(name, "train", 6, 3, None)
+    assert rows != generate_rows(name, "train", 6, 4, None) and rows != generate_rows(name, "test", 6, 3, None)
+    # By default as many as there are, if these are fewer.
+    expected = {"arithmetic": 200, "python-functions": 128, "reasoning_gym:chain_sum": 104}
+    assert len(generate_rows(name, "test", None, 0, None)) == expected[name]
+    assert generate_rows(name, "validation", 6, 3, None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tiers", "message"),
+    [
+        ("arithmetic", 4, [5], r"arithmetic: got tiers=\(5,\); set a non-empty choice of \(1, 2, 3, 4\)\."),
+        ("python-functions", 100_000, None, "python-functions: got size=100000; set less, there are about"),
+    ],
+)
+def test_rows_that_cannot_be_made_are_a_mistake_of_the_user(name, size, tiers, message):
+    with pytest.raises(UserError, match=message):
+        generate_rows(name, "test", size, 0, tiers)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +248,8 @@ def test_benchmark_rows_have_tiers_and_are_judged(data_root, caplog):
     assert [first["tier"], second["tier"]] == [1, 2] and first["id"] == "0"
     assert "omni-math: 2 rows, where 4428 were expected." in caplog.text
     judge = get_benchmark("omni-math").judge
-    assert [judge("\\boxed{0.5}", first), judge("\\boxed{8}", second)] == [True, False]
-    assert judge("\\boxed{8}", second | {"answer": None}) is None
-    assert judge("\\boxed{8}", second | {"accepted_answers": ["7", "8"]}) is True
+    rows = [first, second, second | {"answer": None}, second | {"accepted_answers": ["7", "8"]}]
+    assert judge(["\\boxed{0.5}", *["\\boxed{8}"] * 3], rows) == [True, False, None, True]
 
 
 # What is wrong

@@ -200,7 +200,7 @@ def test_what_has_no_place_in_verls_layout_is_refused(tmp_path, capsys):
     own = write_parquet(tmp_path / "own.parquet", [to_verl("Q?", "1", "1", "math-ai/amc23", "train", 0)])
     code = tmp_path / "code.jsonl"
     code.write_text(json.dumps({"question": "Write f.", "tests": "assert f() == 1"}) + "\n")
-    for path, message in ((own, "is in verl's layout already"), (code, "row 0 has tests in place of a gold answer")):
+    for path, message in ((own, "is in verl's layout already"), (code, "row 0 has tests in place of an answer")):
         assert main(["data", "to-verl", str(path), "--output", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.parquet"))

@@ -74,11 +74,13 @@ def test_k_beyond_the_samples_is_refused(k):
         majority_at_k([RIGHT, "5"], k)
 
 
-def test_right_answers_are_one_vote_and_wrong_ones_go_by_their_text():
+def test_right_answers_are_one_vote_and_wrong_ones_go_by_value_or_text():
     assert vote_of("1/2", True) == vote_of("0.5", True) == RIGHT
     assert vote_of("1,000", False) == vote_of("1000.0", False) == "1000"
     assert vote_of("\\dfrac{1}{3}", False) == vote_of(" \\frac{1}{ 3}", False)
     assert vote_of("5", False) != vote_of("6", False)
+    assert vote_of("1/2", False) == vote_of("\\frac{1}{2}", False) == vote_of("0.5", False)
+    assert vote_of("\\sqrt{4}", False) != vote_of("2", False)
     assert vote_of(None, False) is None
 
 
@@ -90,6 +92,13 @@ def test_sizes_are_powers_of_two_and_all():
 
 def completion(question, answer, is_correct):
     return EvaluatedCompletion(question, None, f"so \\boxed{{{answer}}}", 10, is_correct, False)
+
+
+def test_a_wrong_majority_in_several_notations_is_one():
+    answers = ("3", "3", "1/2", "\\frac{1}{2}", "0.5")
+    evaluation = Evaluation([completion(0, answer, answer == "3") for answer in answers], 50, num_samples=5)
+    # By text, the two right answers would win against three single ones.
+    assert evaluation.majority_at(5) == 0
 
 
 def test_an_evaluations_means_over_its_questions():

@@ -28,14 +28,15 @@ class Benchmark:
         num_rows (`int`): number of questions.
         load (`Callable[[], Sequence[dict]]`): reads the rows, from the Hub or `L2T_DATA_ROOT`, each with `id` (text),
             `question`, `answer` (text, `None` for code) and, where there are any, `accepted_answers` and `tier`.
-        judge (`Callable[[str, dict], bool | None]`): whether a completion of a row is right; `None` if it cannot be told.
+        judge (`Callable[[Sequence[str], Sequence[dict]], list[bool | None]]`): whether completions are right, each with
+            its row; `None` if it cannot be told. Several at a time are judged side by side.
         instruction (`str`): text appended to every question behind a line break.
     """
 
     name: str
     num_rows: int
     load: Callable[[], Sequence[dict[str, Any]]]
-    judge: Callable[[str, dict[str, Any]], bool | None]
+    judge: Callable[[Sequence[str], Sequence[dict[str, Any]]], list[bool | None]]
     instruction: str = BOXED_INSTRUCTION
 
 
@@ -62,25 +63,25 @@ def load_arithmetic() -> list[dict[str, Any]]:
     ]
 
 
-def judge_answer(text: str, row: dict[str, Any]) -> bool | None:
-    """Whether the final answer of a completion is the gold answer of its row."""
+def judge_answers(texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[bool | None]:
+    """Return for each completion whether its final answer is the gold answer of its row."""
     from l2t_trl.answers import judge_texts
 
-    (verdict,) = judge_texts([text], [row.get(ACCEPTED) or row["answer"] or ""], [row.get("reasoning_task")])
-    return verdict
+    golds = [row.get(ACCEPTED) or row["answer"] or "" for row in rows]
+    return judge_texts(texts, golds, [row.get("reasoning_task") for row in rows])
 
 
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("aime24", 30, _load("aime24"), judge_answer),
-        Benchmark("aime25", 30, _load("aime25"), judge_answer),
-        Benchmark("amc23", 40, _load("amc23"), judge_answer),
-        Benchmark("math500", 500, _load("math500"), judge_answer),
-        Benchmark("minerva", 272, _load("minerva"), judge_answer),
-        Benchmark("omni-math", 4428, _load("omni-math"), judge_answer),
-        Benchmark("gsm8k", 1319, _load("gsm8k"), judge_answer),
-        Benchmark("arithmetic", ARITHMETIC_ROWS, load_arithmetic, judge_answer, instruction=""),
+        Benchmark("aime24", 30, _load("aime24"), judge_answers),
+        Benchmark("aime25", 30, _load("aime25"), judge_answers),
+        Benchmark("amc23", 40, _load("amc23"), judge_answers),
+        Benchmark("math500", 500, _load("math500"), judge_answers),
+        Benchmark("minerva", 272, _load("minerva"), judge_answers),
+        Benchmark("omni-math", 4428, _load("omni-math"), judge_answers),
+        Benchmark("gsm8k", 1319, _load("gsm8k"), judge_answers),
+        Benchmark("arithmetic", ARITHMETIC_ROWS, load_arithmetic, judge_answers, instruction=""),
         Benchmark("humaneval", humaneval.NUM_ROWS, humaneval.load, humaneval.judge, humaneval.INSTRUCTION),
     )
 }

@@ -44,7 +44,7 @@ def with_tests(rows: Sequence[dict[str, Any]], name: str, on_bad_row: str) -> li
     Raises:
         UserError: if rows have tests that are not Python; names them.
     """
-    converted = [_with_tests(row) for row in rows]
+    converted = [row_with_tests(row) for row in rows]
     bad = [index for index, row in enumerate(converted) if not is_python(row[TESTS])]
     if not bad:
         return converted
@@ -66,7 +66,8 @@ def is_python(tests: str | None) -> bool:
     return True
 
 
-def _with_tests(row: dict[str, Any]) -> dict[str, Any]:
+def row_with_tests(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the text column `tests`, see [`with_tests`]; whether they are Python is not looked at."""
     listed = row.get(TEST_LIST)
     if not isinstance(listed, list):
         tests = row.get(TESTS)

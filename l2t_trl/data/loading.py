@@ -11,15 +11,12 @@ from typing import Any
 
 from l2t_trl.data.checks import check_rows, list_rows
 from l2t_trl.data.code import has_tests, with_tests
-from l2t_trl.data.python_functions import load_functions
+from l2t_trl.data.generated import check_trainable, find_generated, generate_rows
 from l2t_trl.data.registry import (
     ACCEPTED,
-    ARITHMETIC,
     BY_HUB_ID,
     HUB_CONFIGS,
-    PYTHON_FUNCTIONS,
     SOURCES,
-    is_generated,
     plain_gold,
     unknown_name,
 )
@@ -32,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 QUESTION_COLUMNS = ("question", "problem", "prompt", "Question", "Problem")
-GENERATED_TRAIN_SIZE = 2048
-GENERATED_TEST_SIZE = 200
 # Test rows are drawn with this seed, so that runs with different seeds are measured on the same questions.
 TEST_SEED = 0
 
@@ -60,24 +55,27 @@ def load_rows(script_args, training_args, tokenizer, say: Callable[[str], None] 
         UserError: if the data cannot be had or cannot be used.
     """
     train_name, train_split = script_args.dataset_name, script_args.dataset_train_split
-    if is_generated(train_name):
-        train = generate_rows(train_name, "train", script_args.train_size, training_args.seed, script_args.tiers)
+    check_trainable(train_name)
+    is_train_generated = find_generated(train_name) is not None
+    if is_train_generated:
+        train = generate_rows(train_name, train_split, script_args.train_size, training_args.seed, script_args.tiers)
     else:
         train = read_split(train_name, script_args.dataset_config, train_split, say)
-        if train is None:
-            raise UserError(no_split(train_name, train_split))
+    if train is None:
+        raise UserError(no_split(train_name, train_split))
 
     test_name, test_split = script_args.test_dataset_name or train_name, script_args.dataset_test_split
     is_same = test_name == train_name
-    if is_generated(test_name):
-        test = generate_rows(test_name, "test", script_args.test_size, TEST_SEED, script_args.tiers)
+    check_trainable(test_name)
+    is_test_generated = find_generated(test_name) is not None
+    if is_test_generated:
+        test = generate_rows(test_name, test_split, script_args.test_size, TEST_SEED, script_args.tiers)
     else:
-        config = script_args.dataset_config if is_same else None
-        test = read_split(test_name, config, test_split, say)
-        if test is None and not is_same:
-            raise UserError(no_split(test_name, test_split))
-        if test is None and script_args.test_size is not None:
-            train, test = _hold_out(train, script_args.test_size)
+        test = read_split(test_name, script_args.dataset_config if is_same else None, test_split, say)
+    if test is None and not is_same:
+        raise UserError(no_split(test_name, test_split))
+    if test is None and script_args.test_size is not None:
+        train, test = _hold_out(train, script_args.test_size)
 
     if script_args.tiers:
         train = _of_tiers(train, script_args.tiers, train_name)
@@ -85,46 +83,15 @@ def load_rows(script_args, training_args, tokenizer, say: Callable[[str], None] 
             test = _of_tiers(test, script_args.tiers, test_name)
     train = to_dataset(train, train_name, script_args, training_args, tokenizer)
     train = _check(train, train_name, tokenizer, training_args)
-    if not is_generated(train_name) and script_args.train_size is not None:
+    if not is_train_generated and script_args.train_size is not None:
         train = train.shuffle(seed=training_args.seed).select(range(min(script_args.train_size, len(train))))
     if test is None:
         return train, None
     test = to_dataset(test, test_name, script_args, training_args, tokenizer)
     test = _check(test, test_name, tokenizer, training_args)
-    if not is_generated(test_name) and script_args.test_size is not None:
+    if not is_test_generated and script_args.test_size is not None:
         test = test.shuffle(seed=TEST_SEED).select(range(min(script_args.test_size, len(test))))
     return train, test
-
-
-def generate_rows(
-    name: str, split: str, size: int | None, seed: int, tiers: Sequence[int] | None
-) -> list[dict[str, Any]]:
-    """
-    Make the rows of the arithmetic world or of a reasoning-gym task.
-
-    Args:
-        name (`str`):
-            `"arithmetic"` or `"reasoning_gym:NAME"`.
-        split (`str`):
-            `"train"` or `"test"`.
-        size (`int`, *optional*):
-            Number of rows; by default 2,048 to train on and 200 to test on.
-        seed (`int`):
-            Equal seeds give equal rows.
-        tiers (`Sequence[int]`, *optional*):
-            Difficulty tiers; by default all.
-
-    Returns:
-        `list[dict[str, Any]]`: rows with `question` (or `prompt`), `answer` and, where there are tiers, `tier`.
-    """
-    size = size or (GENERATED_TRAIN_SIZE if split == "train" else GENERATED_TEST_SIZE)
-    if name == ARITHMETIC:
-        from l2t_trl.data.arithmetic import make_dataset
-
-        return make_dataset(size, seed, tuple(tiers) if tiers else (1, 2, 3, 4), split).to_list()
-    from l2t_trl.data.reasoning import make_rows
-
-    return make_rows(name, size, seed, tiers, split)
 
 
 def read_split(
@@ -180,8 +147,6 @@ def read_rows(name: str, config: str | None, split: str, is_lazy: bool = False) 
     Raises:
         UserError: if the data set cannot be read.
     """
-    if name == PYTHON_FUNCTIONS:
-        return load_functions(split)
     path = Path(name).expanduser()
     if path.is_file():
         return read_file(path) if split == "train" else None
@@ -197,7 +162,10 @@ def read_rows(name: str, config: str | None, split: str, is_lazy: bool = False) 
         if not folder.is_dir():
             if "/" not in name:
                 raise unknown_name(name)
-            raise UserError(f"L2T_DATA_ROOT is set to {root}, but there is no folder {folder}.")
+            raise UserError(
+                f"L2T_DATA_ROOT is set to {root}, but there is no folder {folder}. Put the data there, set another, or unset "
+                "it to read from the Hub."
+            )
         return _read_folder(folder, split)
     try:
         rows = _read_from_hub(name, config, split)
@@ -209,7 +177,9 @@ def read_rows(name: str, config: str | None, split: str, is_lazy: bool = False) 
 
 def no_split(name: str, split: str) -> str:
     """Return what to say of a data set without the split that is wanted."""
-    there_are = f"; it has {', '.join(SOURCES[name].splits)}" if name in SOURCES else ""
+    generated = find_generated(name)
+    splits = SOURCES[name].splits if name in SOURCES else generated.sizes if generated else ()
+    there_are = f"; it has {', '.join(splits)}" if splits else ""
     return f"Data set {name} has no split {split!r}{there_are}."
 
 
@@ -337,7 +307,7 @@ def find_columns(
         question_column = source.question
     if question_column is None:
         question_column = next((column for column in QUESTION_COLUMNS if column in names), "question")
-    if source is not None and answer_column == "answer":
+    if source is not None and source.answer is not None and answer_column == "answer":
         return question_column, source.answer, source.golds
     return question_column, answer_column, plain_gold
 
@@ -387,7 +357,10 @@ def _read_folder(folder: Path, split: str) -> Sequence[dict[str, Any]] | None:
         if path.is_file():
             return read_file(path)
     if not any(path.suffix in FILE_TYPES for path in folder.iterdir()):
-        raise UserError(f"{folder} has no file <split>.jsonl, nor of another type that can be read.")
+        raise UserError(
+            f"{folder} has no file <split>.jsonl, nor of another type that can be read. Put the data there, or name another "
+            "folder."
+        )
     return None
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l2t_trl.answers import understood
-from l2t_trl.data.code import TESTS, has_tests, with_tests
-from l2t_trl.data.loading import find_columns, generate_rows, no_column, no_split, read_rows
-from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, is_generated, plain_gold
+from l2t_trl.data.code import TESTS, has_tests, is_python, with_tests
+from l2t_trl.data.generated import find_generated, generate_rows
+from l2t_trl.data.loading import find_columns, no_column, no_split, read_rows
+from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, plain_gold
 from l2t_trl.data.resolving import RAW_ANSWER, benchmark_overlap, resolve_split
 from l2t_trl.data.verl import from_verl, is_verl, to_verl
 from l2t_trl.errors import UserError
@@ -84,7 +85,7 @@ def _read(request: Request, split: str, say: Callable[[str], None]) -> list[dict
         for note in loaded.notes if loaded else ():
             say(f"{request.name}, {split}: {note}")
         return None if loaded is None else loaded.rows
-    if is_generated(request.name):
+    if find_generated(request.name):
         rows = generate_rows(request.name, split, request.size, request.seed, request.tiers)
     else:
         rows = read_rows(request.name, request.config, split)
@@ -124,7 +125,8 @@ def _plain_rows(request: Request, rows: Sequence[dict[str, Any]]) -> list[dict[s
 
 def find_problems(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     """
-    Return the numbers of the rows with each kind of problem: no question, no answer, an id that an earlier row has.
+    Return the numbers of the rows with each kind of problem: no question, no answer, tests that are not Python, an id that
+    an earlier row has.
 
     Golds that math-verify cannot read are problems of their own kind ([`not_understood`]): such rows can be used.
     """
@@ -136,6 +138,8 @@ def find_problems(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
             problems["no question"].append(number)
         elif not plain_gold(row.get("answer")) and not row.get(TESTS):
             problems["no answer"].append(number)
+        elif not is_python(row.get(TESTS)):
+            problems["tests that are not Python"].append(number)
         elif row["id"] in ids:
             problems["id of an earlier row"].append(number)
         ids.add(row["id"])
@@ -193,7 +197,7 @@ def verl_rows(
     Return `rows` in verl's layout, see [`l2t_trl.data.verl.to_verl`].
 
     Raises:
-        UserError: if a row holds a chat rather than a question, or has no gold answer, or if they are verl's already.
+        UserError: if a row holds a chat rather than a question, or tests rather than an answer, or if they are verl's already.
     """
     source = SOURCES.get(request.name) or BY_HUB_ID.get(request.name)
     has_several = any(row.get(ACCEPTED) for row in rows)
@@ -203,9 +207,10 @@ def verl_rows(
     for index, row in enumerate(rows):
         if "question" not in row:
             raise UserError(f"{request.name}: row {index} holds a chat, to which no instruction can be added.")
-        if RAW_ANSWER not in row:
+        if "answer" not in row:
             raise UserError(
-                f"{request.name}: row {index} has tests in place of a gold answer, for which verl's layout has no column."
+                f"{request.name}: row {index} has tests in place of an answer, and verl's layout for questions with "
+                f"answers has no place for them. Write it with l2t data prepare {request.name}."
             )
         raw = plain_gold(row[RAW_ANSWER])
         one = to_verl(

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-TRAIN_SIZE, TEST_SIZE = 1024, 128
 SPLITS = ("train", "test")
 # One task in ten is held out.
 TEST_SHARE_INVERSE = 10
@@ -23,7 +22,6 @@ MAX_MISSES = 5000
 WORDS = (
     "amber bat cedar dune eel fig grove harbour iris jade kiln lime moss noon oak plum quartz reed sun tide".split()
 )
-SEED = 0
 
 
 class Kind(NamedTuple):
@@ -290,7 +288,7 @@ def make_functions(size: int, seed: int, split: str) -> list[dict[str, str]]:
         if key in seen or split_of(key) != split:
             num_misses += 1
             if num_misses > MAX_MISSES:
-                raise ValueError(f"got size={size}; there are about {len(rows)} tasks of the split {split}")
+                raise ValueError(f"got size={size}; set less, there are about {len(rows)} tasks of the split {split}")
             continue
         num_misses = 0
         seen.add(key)
@@ -301,13 +299,6 @@ def make_functions(size: int, seed: int, split: str) -> list[dict[str, str]]:
 def split_of(key: str) -> str:
     """Return the split that a task belongs to."""
     return "test" if zlib.crc32(key.encode()) % TEST_SHARE_INVERSE == 0 else "train"
-
-
-def load_functions(split: str) -> list[dict[str, str]] | None:
-    """Return the rows that `--dataset_name python-functions` stands for; `None` for another split."""
-    if split not in SPLITS:
-        return None
-    return make_functions(TRAIN_SIZE if split == "train" else TEST_SIZE, SEED, split)
 
 
 def _row(kind: Kind, parameters: dict[str, Any], rng: random.Random) -> dict[str, str]:

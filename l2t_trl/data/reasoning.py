@@ -10,7 +10,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from l2t_trl.data.registry import REASONING, nearest
+from l2t_trl.data.generated import REASONING
+from l2t_trl.data.registry import nearest
 from l2t_trl.errors import UserError
 
 
@@ -35,7 +36,10 @@ def task_name(name: str) -> str:
         UserError: if the package is not installed or has no such task.
     """
     names = _package().factory.DATASETS
-    task = name.removeprefix(f"{REASONING}:")
+    task = name.removeprefix(REASONING).removeprefix(":")
+    # NAME is what lists of data sets show.
+    if task in ("", "NAME"):
+        raise UserError(f"{name}: name a task, as in {REASONING}:chain_sum. There are {', '.join(sorted(names))}.")
     if task not in names:
         raise UserError(f"{name}: reasoning-gym has no task {task!r}.{nearest(task, names)}")
     if task in NOT_REPRODUCIBLE:
@@ -46,7 +50,9 @@ def task_name(name: str) -> str:
     return task
 
 
-def make_rows(name: str, size: int, seed: int, tiers: Sequence[int] | None, split: str) -> list[dict[str, Any]]:
+def make_rows(
+    name: str, size: int, seed: int, tiers: Sequence[int] | None, split: str, is_exact: bool = True
+) -> list[dict[str, Any]]:
     """
     Make questions, the tiers in turn.
 
@@ -62,6 +68,8 @@ def make_rows(name: str, size: int, seed: int, tiers: Sequence[int] | None, spli
             without curriculum has rows without tier.
         split (`str`):
             `"train"` or `"test"`; a question belongs to one of them, whatever the seed.
+        is_exact (`bool`, *optional*, defaults to `True`):
+            Whether fewer questions than `size` are a mistake.
 
     Returns:
         `list[dict]`: rows with `id`, `question`, `answer`, `reasoning_task` and, where there are tiers, `tier`.
@@ -88,6 +96,8 @@ def make_rows(name: str, size: int, seed: int, tiers: Sequence[int] | None, spli
         rows[row["question"]] = row if level == "-" else {**row, "tier": int(level)}
         if len(rows) == size:
             return list(rows.values())
+    if rows and not is_exact:
+        return list(rows.values())
     raise UserError(
         f"{name} makes only {len(rows)} different {split} questions, {size} are wanted; set a smaller {split}_size."
     )

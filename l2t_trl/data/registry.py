@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from l2t_trl.answers import last_box
+from l2t_trl.data.generated import GENERATED
 from l2t_trl.errors import UserError
 
 
-ARITHMETIC = "arithmetic"
-PYTHON_FUNCTIONS = "python-functions"
-REASONING = "reasoning_gym"
 # Column with all right answers of a question that has several; `answer` is the first.
 ACCEPTED = "accepted_answers"
 # The quartiles of the difficulty of all 4,428 rows of Omni-MATH: tier 1 is what is not above 4.
@@ -26,13 +24,14 @@ PROOF = re.compile(r"\b(prove|show|demonstrate|verify)\s+that\b|\bprove\b", re.I
 @dataclass(frozen=True)
 class Source:
     """
-    A data set of questions with gold answers.
+    A data set of questions with gold answers, or with tests as MBPP has them.
 
     Attributes:
         name (`str`): short name.
         hub_id (`str`): its repository on the Hub, and its folder under `L2T_DATA_ROOT`.
         question (`str`): column of the question.
-        answer (`str`): column from which `golds` takes the gold answer.
+        answer (`str`, *optional*): column from which `golds` takes the gold answer; `None` where rows have tests instead
+            ([`l2t_trl.data.code`], which makes a column `question` that shows them).
         splits (`Mapping[str, tuple[str, int]]`): for each split, the Hub's name of it and its number of rows.
         licence (`str`): as the data set's card has it; `"not stated"` where it has none.
         config (`str`, *optional*): configuration on the Hub.
@@ -49,7 +48,7 @@ class Source:
     name: str
     hub_id: str
     question: str
-    answer: str
+    answer: str | None
     splits: Mapping[str, tuple[str, int]]
     licence: str
     config: str | None = None
@@ -221,21 +220,28 @@ SOURCES: dict[str, Source] = {
             "MIT",
             refuse=without_answer,
         ),
+        # Its counts are those of the configuration "full"; "sanitized" has 120 and 257 of the rows.
+        Source(
+            "mbpp",
+            "google-research-datasets/mbpp",
+            "question",
+            None,
+            {"train": ("train", 374), "test": ("test", 500)},
+            "CC-BY-4.0",
+            config="full",
+            id_column="task_id",
+            extra=("code",),
+        ),
     )
 }
 BY_HUB_ID = {source.hub_id: source for source in SOURCES.values()}
 # Configurations on the Hub where none is asked for.
-HUB_CONFIGS = {source.hub_id: source.config for source in SOURCES.values()} | {"google-research-datasets/mbpp": "full"}
+HUB_CONFIGS = {source.hub_id: source.config for source in SOURCES.values()}
 
 
 def all_names() -> list[str]:
     """Return the names that `--dataset_name` takes beside paths and Hub ids."""
-    return [*SOURCES, ARITHMETIC, PYTHON_FUNCTIONS, f"{REASONING}:NAME"]
-
-
-def is_generated(name: str) -> bool:
-    """Whether the rows of data set `name` are made rather than read."""
-    return name == ARITHMETIC or name.startswith(f"{REASONING}:")
+    return [*SOURCES, *(one.label for one in GENERATED.values() if not one.is_for_eval_only)]
 
 
 def nearest(name: str, names) -> str:
@@ -247,6 +253,6 @@ def nearest(name: str, names) -> str:
 def unknown_name(name: str) -> UserError:
     """Return the error for a name that is neither ours nor a path."""
     return UserError(
-        f"{name!r} is no known data set.{nearest(name, [*SOURCES, ARITHMETIC, PYTHON_FUNCTIONS, REASONING])} Known are "
-        f"{', '.join(all_names())}; beside these a Hub id (owner/name) or a path can be given."
+        f"{name!r} is no known data set.{nearest(name, [*SOURCES, *GENERATED])} Known are {', '.join(all_names())}; "
+        "beside these a Hub id (owner/name) or a path can be given."
     )

@@ -1,11 +1,13 @@
 """From a known source to its rows: columns named, golds taken out, some rows left out and counted."""
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from l2t_trl.answers import understood
+from l2t_trl.data.code import TASK_COLUMNS, TEST_LIST, TESTS, row_with_tests
 from l2t_trl.data.decontamination import Overlap, words_of
 from l2t_trl.data.loading import read_rows
 from l2t_trl.data.registry import ACCEPTED, SOURCES, Source
@@ -20,8 +22,8 @@ RAW_ANSWER = "raw_answer"
 class Loaded(NamedTuple):
     """
     Attributes:
-        rows (`list[dict]`): rows with `id`, `question`, `answer` (`None` where there is none) and, where the source
-            has them, `accepted_answers`, `tier` and the source's extra columns.
+        rows (`list[dict]`): rows with `id`, `question`, `answer` (`None` where there is none) or `tests` and, where the
+            source has them, `accepted_answers`, `tier` and the source's extra columns.
         notes (`list[str]`): what is to be said about them: how many were left out, and why.
     """
 
@@ -56,10 +58,13 @@ def resolve_split(
     hub_split, expected = source.splits[split]
     raw = read_rows(source.hub_id, config or source.config, hub_split, is_lazy=source.sample is not None)
     if raw is None:
-        raise UserError(f"{source.hub_id} has no split {hub_split!r}.")
+        raise UserError(f"{source.name}: {source.hub_id} has no split {hub_split!r}{_read_from()}.")
     if len(raw) == 0:
-        raise UserError(f"{source.name}: {source.hub_id} has no rows in its split {hub_split!r}.")
+        raise UserError(f"{source.name}: {source.hub_id} has no rows in its split {hub_split!r}{_read_from()}.")
     _check_columns(source, raw)
+    if source.answer is None:
+        raw = [row_with_tests(row) for row in raw]
+    _check_cells(source, raw)
 
     notes: list[str] = []
     overlap = benchmark_overlap(notes) if source.is_decontaminated else None
@@ -72,11 +77,11 @@ def resolve_split(
     _check_ids(source, rows)
     if not keeps_raw_answer:
         for row in rows:
-            del row[RAW_ANSWER]
+            row.pop(RAW_ANSWER, None)
     if refused or source.sample is not None:
         reasons = "; ".join(f"{count} {reason}" for reason, count in refused.most_common()) or "none"
         notes.insert(0, f"{len(rows)} of {num_read} rows kept; left out: {reasons}.")
-    if len(rows) != expected:
+    if len(rows) != expected and config in (None, source.config):
         notes.append(f"{len(rows)} rows, where {expected} were expected.")
     return Loaded(rows, notes)
 
@@ -133,15 +138,17 @@ def _usable(
 
 
 def _resolve(source: Source, row: dict[str, Any], index: int) -> dict[str, Any]:
-    golds = source.golds(row[source.answer])
     resolved = {
         "id": str(row[source.id_column]) if source.id_column in row else str(index),
         "question": row[source.question],
-        "answer": golds[0] if isinstance(golds, list) else golds,
-        RAW_ANSWER: row[source.answer],
     }
-    if isinstance(golds, list):
-        resolved[ACCEPTED] = golds
+    if source.answer is None:
+        resolved[TESTS] = row[TESTS]
+    else:
+        golds = source.golds(row[source.answer])
+        resolved |= {"answer": golds[0] if isinstance(golds, list) else golds, RAW_ANSWER: row[source.answer]}
+        if isinstance(golds, list):
+            resolved[ACCEPTED] = golds
     if source.tier is not None:
         resolved["tier"] = source.tier(row)
     return resolved | {column: row[column] for column in source.extra if column in row}
@@ -163,16 +170,28 @@ def benchmark_overlap(notes: list[str]) -> Overlap:
     return Overlap(questions)
 
 
+def _read_from() -> str:
+    """Return where rows are read from, if it is not the Hub: the usual place of a mistake."""
+    root = os.environ.get("L2T_DATA_ROOT")
+    return f" under {root}; mend the file, or set L2T_DATA_ROOT to another folder" if root else ""
+
+
 def _check_columns(source: Source, raw: Sequence):
     names = getattr(raw, "column_names", None) or list(dict.fromkeys(key for row in raw for key in row))
-    for column in (source.question, source.answer):
-        if column not in names:
-            raise UserError(f"{source.name}: {source.hub_id} has no column {column!r}; it has {', '.join(names)}.")
+    needed = [(source.question,), (source.answer,)] if source.answer is not None else [TASK_COLUMNS, (TEST_LIST,)]
+    for columns in needed:
+        if not any(column in names for column in columns):
+            wanted = " or ".join(map(repr, columns))
+            raise UserError(f"{source.name}: {source.hub_id} has no column {wanted}; it has {', '.join(names)}.")
+
+
+def _check_cells(source: Source, raw: Sequence):
     for index, row in enumerate(raw if isinstance(raw, list) else ()):
-        if not isinstance(row.get(source.question), str) or source.answer not in row:
+        has_target = row.get(TESTS) if source.answer is None else source.answer in row
+        if not isinstance(row.get(source.question), str) or not has_target:
             raise UserError(
                 f"{source.name}: row {index} (counted from 0) of {source.hub_id} has no text in {source.question!r} "
-                f"or no {source.answer!r}."
+                f"or no {source.answer or TESTS!r}."
             )
 
 

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,26 @@ class Journal:
             What is to be done, in order: the fields by which each line says which item it belongs to.
         batch_size (`int`):
             Items that are done, and written, together.
+        compact (`Callable`, *optional*):
+            Makes of a line what is kept of it in memory.
 
     Attributes:
         done (`list[dict[str, Any]]`):
-            Lines of all whole batches.
+            Lines of all whole batches, as `compact` makes them.
 
     Raises:
         UserError: if the file cannot be used: another process writes to it, it is damaged, or it belongs to another
             list.
     """
 
-    def __init__(self, path: Path, keys: Sequence[dict[str, Any]], batch_size: int):
-        self.path, self.keys, self.batch_size = path, keys, batch_size
+    def __init__(
+        self,
+        path: Path,
+        keys: Sequence[dict[str, Any]],
+        batch_size: int,
+        compact: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ):
+        self.path, self.keys, self.batch_size, self.compact = path, keys, batch_size, compact
         self.done: list[dict[str, Any]] = []
 
     def __enter__(self) -> "Journal":
@@ -86,23 +94,26 @@ class Journal:
                 "before are kept: make room, and start the same command again to go on from there."
             ) from error
         self._end = os.lseek(self._file, 0, os.SEEK_CUR)
-        self.done += lines
+        self.done += map(self.compact, lines)
 
     def _read(self) -> None:
+        ends = [0]
         with open(self._file, "rb", closefd=False) as file:
-            *lines, _rest = file.read().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{self.path}:{number} is damaged ({error}). Set another --output.") from error
-            is_one = isinstance(record, dict) and number <= len(self.keys)
-            if not is_one or any(record.get(name) != value for name, value in self.keys[number - 1].items()):
-                raise UserError(f"{self.path}:{number} belongs to another evaluation. Set another --output.")
-            self.done.append(record)
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{self.path}:{number} is damaged ({error}). Set another --output.") from error
+                is_one = isinstance(record, dict) and number <= len(self.keys)
+                if not is_one or any(record.get(name) != value for name, value in self.keys[number - 1].items()):
+                    raise UserError(f"{self.path}:{number} belongs to another evaluation. Set another --output.")
+                self.done.append(self.compact(record))
+                ends.append(ends[-1] + len(line))
         if len(self.done) < len(self.keys):
             del self.done[len(self.done) // self.batch_size * self.batch_size :]
-        self._end = sum(len(line) + 1 for line in lines[: len(self.done)])
+        self._end = ends[len(self.done)]
         os.ftruncate(self._file, self._end)
         os.lseek(self._file, self._end, os.SEEK_SET)
 
@@ -117,6 +128,8 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError("it holds no settings")
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}). Set another --output.") from error
         differing = [

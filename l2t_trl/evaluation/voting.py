@@ -14,7 +14,8 @@ def vote_of(answer: str | None, is_correct: bool) -> Hashable:
     Return what a sample votes for: answers with equal votes count together.
 
     Right answers are one however they are written, since the judge has found them equal to the gold answer; wrong ones
-    are told apart by their text, white space and the notation of whole numbers aside. `None` is no vote.
+    are told apart by their text, white space and the notation of numbers aside ([`~l2t_trl.answers.answer_key`]). `None` is
+    no vote.
     """
     if is_correct:
         return RIGHT

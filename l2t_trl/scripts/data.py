@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from l2t_trl.errors import UserError
+from l2t_trl.scripts.options import count
 
 
 EXAMPLE_WIDTH = 300
@@ -42,7 +43,7 @@ def _add_request(parser: argparse.ArgumentParser):
     parser.add_argument("--dataset_config", help="configuration of a Hub data set")
     parser.add_argument("--question_column", help="column with the question, in a data set that is not known")
     parser.add_argument("--answer_column", help="column with the gold answer, likewise")
-    parser.add_argument("--size", type=_positive, help="most rows of each split (default: all; generated: 2048, 200)")
+    parser.add_argument("--size", type=count, help="most rows of each split (default: all; of endless ones 2048, 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of generated rows")
     parser.add_argument("--tiers", type=int, nargs="+", help="difficulty tiers (default: all)")
 
@@ -57,7 +58,7 @@ def _add_output(parser: argparse.ArgumentParser, help_text: str):
         "--on_bad_row",
         choices=("stop", "drop"),
         default="stop",
-        help="rows without question or answer, or with an id twice",
+        help="rows without question, answer or usable tests, or with an id twice",
     )
 
 
@@ -69,22 +70,20 @@ def main(args: argparse.Namespace) -> int:
 def list_sets(args: argparse.Namespace) -> int:
     """Print a table of the known data sets."""
     from l2t_trl.data.benchmarks import BENCHMARKS
-    from l2t_trl.data.python_functions import TEST_SIZE, TRAIN_SIZE
-    from l2t_trl.data.registry import ARITHMETIC, PYTHON_FUNCTIONS, REASONING, SOURCES
+    from l2t_trl.data.generated import GENERATED
+    from l2t_trl.data.registry import SOURCES
+
+    def line(label: str, name: str, sizes: dict[str, int], licence: str, source: str, is_endless: bool = False):
+        rows = "any number" if is_endless else ", ".join(f"{split} {size}" for split, size in sizes.items())
+        uses = (["train"] if "train" in sizes else []) + (["benchmark"] if name in BENCHMARKS else [])
+        return label, rows, ", ".join(uses), licence, source
 
     table = [("name", "rows", "use", "licence", "source")]
-    for source in SOURCES.values():
-        rows = ", ".join(f"{split} {count}" for split, (_, count) in source.splits.items())
-        uses = (["train"] if "train" in source.splits else []) + (["benchmark"] if source.is_benchmark else [])
-        table.append((source.name, rows, ", ".join(uses), source.licence, source.hub_id))
-    for benchmark in BENCHMARKS.values():
-        if benchmark.name not in {*SOURCES, ARITHMETIC}:
-            table.append((benchmark.name, f"test {benchmark.num_rows}", "benchmark", "-", "-"))
-    table.append((ARITHMETIC, "any number", "train, benchmark", "Apache-2.0", "l2t_trl (made here)"))
-    table.append(
-        (PYTHON_FUNCTIONS, f"train {TRAIN_SIZE}, test {TEST_SIZE}", "train", "Apache-2.0", "l2t_trl (made here)")
-    )
-    table.append((f"{REASONING}:NAME", "any number", "train", "Apache-2.0", "reasoning-gym (made here)"))
+    for one in SOURCES.values():
+        sizes = {split: size for split, (_, size) in one.splits.items()}
+        table.append(line(one.name, one.name, sizes, one.licence, one.hub_id))
+    for one in GENERATED.values():
+        table.append(line(one.label, one.name, one.sizes, one.licence, one.source, one.is_endless))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for row in table:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -98,6 +97,7 @@ def show(args: argparse.Namespace) -> int:
     from collections import Counter
 
     from l2t_trl.data.checks import list_rows
+    from l2t_trl.data.generated import find_generated
     from l2t_trl.data.preparing import NOT_UNDERSTOOD, find_problems, not_understood, read_splits
     from l2t_trl.data.registry import BY_HUB_ID, SOURCES
     from l2t_trl.data.resolving import RAW_ANSWER
@@ -108,6 +108,9 @@ def show(args: argparse.Namespace) -> int:
     if source is not None:
         print(f"source:  https://huggingface.co/datasets/{source.hub_id}")
         print(f"licence: {source.licence}")
+    elif (generated := find_generated(args.name)) is not None:
+        print(f"source:  {generated.source}")
+        print(f"licence: {generated.licence}")
     for split, rows in splits.items():
         print(f"{split}: {len(rows)} rows")
         columns = list(dict.fromkeys(key for row in rows for key in row if key != RAW_ANSWER))
@@ -128,26 +131,34 @@ def show(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace) -> int:
     """Write the resolved rows."""
+    from l2t_trl.data.generated import check_trainable
     from l2t_trl.data.preparing import check_writable, write_rows
     from l2t_trl.data.resolving import RAW_ANSWER
 
+    check_trainable(args.name)
     folder = Path(args.output).expanduser()
     check_writable(_paths(args, folder, args.format), args.overwrite)
-    for split, rows in _checked_splits(args).items():
+    splits = _checked_splits(args)
+    for split, rows in splits.items():
         path = folder / f"{split}.{args.format}"
         check_writable([path], args.overwrite)
         write_rows(path, [{key: value for key, value in row.items() if key != RAW_ANSWER} for row in rows])
         print(f"{len(rows)} rows: {path}")
-    print(f"Train on them with: l2t train --dataset_name {folder}")
+    if "train" in splits:
+        print(f"Train on them with: l2t train --dataset_name {folder}")
+    else:
+        print(f"Evaluate on them in a training with: l2t train --test_dataset_name {folder}")
     return 0
 
 
 def to_verl(args: argparse.Namespace) -> int:
     """Write verl's Parquet files."""
+    from l2t_trl.data.generated import check_trainable
     from l2t_trl.data.preparing import check_writable, folder_name, verl_rows, write_rows
 
     if args.system_prompt is not None and args.form != "l2t":
         raise UserError("--system_prompt is for --form l2t; verl's own form has none.")
+    check_trainable(args.name)
     folder = Path(args.output).expanduser() / folder_name(args.name)
     check_writable(_paths(args, folder, "parquet"), args.overwrite)
     for split, rows in _checked_splits(args).items():
@@ -208,10 +219,3 @@ def _request(args: argparse.Namespace):
         seed=args.seed,
         tiers=tuple(args.tiers) if args.tiers else None,
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or larger")
-    return value

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .options import add_trainer_options, coefficient, count, share, whole_number
 from .score import DTYPES, find_model, load_tokenizer
 
@@ -112,7 +112,8 @@ def main(args: argparse.Namespace) -> int:
     # What takes no model is checked before one is loaded, the quick before the slow.
     from ..data.benchmarks import get_benchmark
 
-    benchmarks = [get_benchmark(name) for name in dict.fromkeys(args.benchmark.split(","))]
+    names = dict.fromkeys(name.strip() for name in args.benchmark.split(","))
+    benchmarks = [get_benchmark(name) for name in names]
     from .train import check_output_dir, quieten_vllm
 
     quieten_vllm()
@@ -287,7 +288,15 @@ class _Run:
         if self.positions is not None:
             depth.check_lengths(task, lines, cuts, self.num_more, self.positions)
         answers = depth.ask_answers(
-            task, lines, cuts, self.tokenizer, lambda: self.engine, self.sampling, self.asking, folder
+            task,
+            lines,
+            cuts,
+            self.tokenizer,
+            lambda: self.engine,
+            self.sampling,
+            self.asking,
+            folder,
+            shares_prefixes=self.args.vllm,
         )
         given = (lines, cuts, answers, self.asking.answer_probe)
         curves = {"depth_curve": depth.depth_curve(*given) | {"settings": vars(self.asking)}}
@@ -298,8 +307,19 @@ class _Run:
 
 
 def _stored_results(output: Path) -> list[dict[str, Any]]:
-    """Return the numbers of all benchmarks in the output folder, of earlier commands too."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(output.glob(f"*/{METRICS}"))]
+    """Return the numbers of all benchmarks in the output folder, of earlier commands too; what is none is said."""
+    results = []
+    for path in sorted(output.glob(f"*/{METRICS}")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            _say(f"{path} is left out of {TABLE}: it cannot be read ({one_line(error)}).")
+            continue
+        if isinstance(result, dict) and {"benchmark", "tiers", "settings"} <= result.keys():
+            results.append(result)
+        else:
+            _say(f"{path} is left out of {TABLE}: it is not of an evaluation.")
+    return results
 
 
 def _say(text: str) -> None:

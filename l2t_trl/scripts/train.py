@@ -20,9 +20,9 @@ class L2TScriptArguments:
         method (`str`, *optional*, defaults to `"l2t"`):
             `"l2t"`, or `"grpo"` for the control: TRL's own GRPOTrainer with the same settings, data and rewards.
         dataset_name (`str`, *optional*, defaults to `"arithmetic"`):
-            Name of a known data set (`l2t data list`), such as `"arithmetic"`, the built-in world of column additions;
-            Hub id; path of a .jsonl, .json, .csv or .parquet file, verl's included; or folder with one such file per
-            split.
+            Name of a known data set (`l2t data list`), such as `"arithmetic"`, the built-in world of column additions,
+            or `"python-functions"`, functions to write; Hub id; path of a .jsonl, .json, .csv or .parquet file, verl's
+            included; or folder with one such file per split.
         dataset_config (`str`, *optional*):
             Configuration of a Hub data set.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
@@ -32,9 +32,9 @@ class L2TScriptArguments:
         test_dataset_name (`str`, *optional*):
             Other data set to evaluate on, named as `dataset_name` is.
         train_size (`int`, *optional*):
-            Rows to train on: as many are drawn by `seed`; by default all (2,048 of the arithmetic world).
+            Rows to train on: as many are drawn by `seed`; by default all (2,048 of endless sets).
         test_size (`int`, *optional*):
-            Rows to evaluate on, the same ones whatever the seed; by default all (200 of the arithmetic world).
+            Rows to evaluate on, the same ones whatever the seed; by default all (200 of endless sets).
         question_column (`str`, *optional*):
             Column with the question; found among question, problem and prompt if unset.
         tiers (`list[int]`, *optional*):
@@ -62,7 +62,10 @@ class L2TScriptArguments:
     dataset_name: str = field(
         default="arithmetic",
         metadata={
-            "help": "Known name (l2t data list), Hub id, .jsonl/.json/.csv/.parquet file, or folder of such files."
+            # Written out, since the help is read from this text; tests compare it with the registry.
+            "help": "Known name (l2t data list says more): aime24, aime25, amc23, math500, minerva, omni-math, gsm8k, "
+            "aime-919, numinamath-4k, deepscaler, mbpp, arithmetic, python-functions or reasoning_gym:NAME; or Hub id, "
+            ".jsonl/.json/.csv/.parquet file, or folder of such files."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -75,11 +78,11 @@ class L2TScriptArguments:
         default=None, metadata={"help": "Other data set to evaluate on, named as dataset_name is."}
     )
     train_size: int | None = field(
-        default=None, metadata={"help": "Rows to train on, drawn by the seed (default: all; arithmetic: 2048)."}
+        default=None, metadata={"help": "Rows to train on, drawn by the seed (default: all; of endless sets 2048)."}
     )
     test_size: int | None = field(
         default=None,
-        metadata={"help": "Rows to evaluate on, the same for every seed (default: all; arithmetic: 200)."},
+        metadata={"help": "Rows to evaluate on, the same for every seed (default: all; of endless sets 200)."},
     )
     question_column: str | None = field(
         default=None, metadata={"help": "Column with the question (default: question, problem or prompt)."}
@@ -276,10 +279,7 @@ def main(script_args, training_args, model_args):
     check_output_dir(training_args.output_dir)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir, say)
     if checkpoint is not None:
-        try:
-            check_resumable(Path(checkpoint), training_args)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_resumable(Path(checkpoint), training_args)
     reward_funcs = get_reward_funcs(script_args.reward_funcs)
     model_path = resolve_model(model_args.model_name_or_path, say=say)
     tokenizer = load_tokenizer(model_path, revision=model_args.model_revision)
