@@ -84,13 +84,30 @@ def test_model_state_without_deepspeed():
     made = make_plan(TOY, CPU)
     assert made.resident == {"weights": 4 * 404, "optimiser state": 8 * 404}
     assert made.phases["optimiser step"] == {"gradients": 4 * 404}
-    # Autocast keeps casts; beta brings a reference model; several processes bucket gradients.
+    # beta brings a reference model; several processes bucket gradients.
     mixed = make_plan(TOY, change(CPU, is_mixed=True, has_reference=True, num_processes=2)).resident
-    assert mixed["bf16 casts of weights"] == 2 * 404
     assert mixed["reference model"] == mixed["gradient buckets (DDP)"] == 4 * 404
     # All in bf16: nothing is kept in fp32.
     half = make_plan(TOY, change(CPU, dtype="bfloat16", is_mixed=True))
     assert half.resident == {"weights": 2 * 404, "optimiser state": 4 * 404}
+
+
+def test_autocast_keeps_casts_of_the_layers_until_the_pass_ends():
+    def phases_with_casts(setup: Setup) -> set[str]:
+        phases = make_plan(TOY, setup).phases
+        # 2 layers of 160 weights in bf16.
+        assert all(held.get(memory.CASTS, 640) == 640 for held in phases.values())
+        return {name for name, held in phases.items() if memory.CASTS in held}
+
+    mixed, forward = change(CPU, is_mixed=True), {"rollouts", "forward"}
+    # Checkpointing casts anew, layer by layer.
+    assert phases_with_casts(mixed) == forward
+    assert phases_with_casts(change(mixed, checkpoints_activations=False)) == forward | {
+        "backward, lm_head",
+        "backward, layers",
+    }
+    assert phases_with_casts(CPU) == phases_with_casts(change(mixed, dtype="bfloat16")) == set()
+    assert phases_with_casts(change(mixed, zero_stage=2)) == set()
 
 
 def test_adapters_are_trained_in_fp32_beside_a_frozen_model():
@@ -127,27 +144,53 @@ def test_offloading_moves_weights_and_state_to_the_host():
 
 
 def test_activations_with_and_without_checkpointing():
-    # Per token and layer in fp32: norms 2 x 4 x 12, attention 5 x 4 x 4 and 2 x 4 statistics, MLP 4 x 4 x 8, and a
-    # row of the mask, 12 x 4.
-    layer = 96 + 88 + 128 + 48
+    # Per token and layer in fp32: two norms of 4 x 4 x 2 (input, normalised), what the linear layers read, 2 x 4 x 4 and
+    # 4 x 8, attention 4 x 4 x 4 and 2 x 4 statistics, MLP 3 x 4 x 8, and a row of the mask, 12 x 4.
+    layer = 2 * 32 + 32 + 32 + 64 + 8 + 96 + 48
     tokens, inputs = 3 * 12, 3 * 12 * 16
-    leaving = tokens * (2 * 4 * 8 + 2 * 4 * 4)
+    final_norm = tokens * 32
+    # Behind an MLP: two gradients of its width, two of the stream's.
+    leaving = tokens * max(2 * 4 * 8 + 2 * 4 * 4, 6 * 4 * 4)
     plain = make_plan(TOY, change(CPU, checkpoints_activations=False)).phases
-    kept = 2 * tokens * layer + inputs
+    kept = 2 * tokens * layer + final_norm
     assert plain["backward, lm_head"]["activations"] == kept
+    # All is kept when the last layer is left, and only lm_head has a gradient then: 40 weights of 4 bytes.
     assert plain["backward, layers"]["activations"] == kept + leaving
+    assert plain["backward, layers"]["gradients"] == 160
     saving = make_plan(TOY, CPU).phases
-    assert saving["backward, lm_head"]["activations"] == 3 * inputs
-    # Its gradients (1,616 bytes) are fewer than what is kept: they take the place of what is given up.
-    assert saving["backward, layers"]["activations"] == 3 * inputs + tokens * layer + leaving
-    assert saving["backward, layers"]["gradients"] == 0
+    assert saving["backward, lm_head"]["activations"] == 2 * inputs + final_norm
+    assert saving["backward, layers"]["activations"] == 2 * inputs + final_norm + tokens * layer + leaving
     # With a pass before, gradients are there all along.
     accumulated = make_plan(TOY, change(CPU, accumulation=2)).phases
     assert accumulated["backward, lm_head"]["gradients"] == accumulated["backward, layers"]["gradients"] == 1616
-    # Flash attention takes padding without a mask, 3 x 12 x 12 booleans here and 48 bytes of a row per layer.
-    flash = make_plan(TOY, change(CPU, checkpoints_activations=False, is_flash=True)).phases["backward, lm_head"]
-    assert flash["activations"] == kept - 2 * tokens * 48
-    assert (flash["attention mask"], plain["backward, lm_head"]["attention mask"]) == (0, 3 * 144)
+
+
+def test_most_is_held_in_the_first_layer_where_gradients_outweigh_activations():
+    short = change(CPU, batch_size=1, prompt_length=1, completion_length=1)
+    held = make_plan(TOY, short).phases["backward, layers"]
+    # One layer's gradients (160), the final norm's (4) and lm_head's (40): the first layer and the embedding have none.
+    assert held["gradients"] == 4 * (160 + 4 + 40)
+    # Of 2 tokens one layer's input, that layer (its mask: 2 x 4), and what is there while it is left.
+    assert held["activations"] == 2 * (16 + 296 + 8 + 96)
+
+
+def test_flash_attention_takes_padding_without_a_mask_and_repeats_no_keys():
+    plain, flash = (make_plan(TOY, change(CPU, checkpoints_activations=False, is_flash=value)) for value in (0, 1))
+    plain, flash = plain.phases["backward, lm_head"], flash.phases["backward, lm_head"]
+    # 3 x 12 x 12 booleans; per token and layer a row of 12 and two of keys and values, 2 instead of 4 wide, in fp32.
+    assert (plain["attention mask"], flash["attention mask"]) == (3 * 144, 0)
+    assert plain["activations"] - flash["activations"] == 2 * 36 * (12 * 4 + 2 * 2 * 4)
+
+
+def test_adapters_keep_what_they_read_and_frozen_layers_do_not():
+    adapted = change(CPU, checkpoints_activations=False, adapter_parameters=56, adapter_inputs=8)
+    held = make_plan(TOY, adapted).phases["backward, lm_head"]["activations"]
+    # Norms' inputs, attention, MLP and mask as ever; what two adapters read, 4 wide, and what they dropped of it.
+    layer = 2 * 16 + 64 + 8 + 96 + 48 + 8 * (4 + 4)
+    assert held == 2 * 36 * layer + 36 * 16
+    # A GPU holds what was dropped as booleans.
+    on_gpu = make_plan(TOY, change(adapted, is_gpu=True)).phases["backward, lm_head"]["activations"]
+    assert held - on_gpu == 2 * 36 * 8 * 3
 
 
 def test_lm_head_holds_no_logits_of_all_tokens():
@@ -156,18 +199,23 @@ def test_lm_head_holds_no_logits_of_all_tokens():
     for length in (8192, 16384):
         phases = make_plan(big, Setup(batch_size=2, completion_length=length)).phases
         sizes.append(phases["backward, lm_head"])
-    # One tile of 4,096 x 32,768 in bf16, whatever the length.
-    assert [size["lm_head: tile"] for size in sizes] == 2 * [4096 * 32768 * 2]
+    # One tile of 4,096 x 32,768 in bf16, whatever the length, and autocast's cast of 32,768 rows of the weight.
+    assert [size["lm_head: tile"] for size in sizes] == 2 * [(4096 + 2048) * 32768 * 2]
     assert sizes[0]["lm_head: gradient"] == 4 * 151936 * 2048
     # Two hidden states of 8,192 tokens, in fp32 as the stream is, and their gradients.
     assert sizes[0]["lm_head: hidden states"] == 2 * 8192 * 2048 * 8
+    # bf16 weights need no cast, but gradients in fp32 are cast to bf16 when they are complete.
+    half = make_plan(big, Setup(batch_size=2, completion_length=8192, zero_stage=2)).phases["backward, lm_head"]
+    assert half["lm_head: tile"] == 4096 * 32768 * 2
+    assert half["lm_head: gradient"] == (4 + 2) * 151936 * 2048
+    assert half["lm_head: hidden states"] == 2 * 8192 * 2048 * (2 + 4 + 2)
 
 
 def test_lm_head_without_triton_projects_prompts_too_and_keeps_temporaries():
     held = make_plan(TOY, CPU).phases["backward, lm_head"]
-    # 3 rows of 12 tokens: states and gradients in fp32; a tile of 10 columns and its temporaries.
+    # 3 rows of 12 tokens: states and gradients in fp32; a tile of 10 columns, seven temporaries and one of booleans.
     assert held["lm_head: hidden states"] == 36 * 4 * 8
-    assert held["lm_head: tile"] == 4 * 36 * 10 * (1 + memory.HEAD_TEMPORARIES)
+    assert held["lm_head: tile"] == 36 * 10 * (4 + 7 * 4 + 1)
 
 
 def test_rollouts_of_transformers_hold_a_cache():
@@ -191,7 +239,7 @@ def test_vllm_takes_its_share_and_keeps_a_cache_in_it():
     # A server elsewhere takes nothing here, nor do rollouts but for the old log-probabilities.
     elsewhere = make_plan(shape, change(setup, vllm_share=None))
     assert elsewhere.engine_tokens is None and "vLLM's share" not in elsewhere.resident
-    assert set(elsewhere.phases["rollouts"]) == {"old log-probabilities"}
+    assert set(elsewhere.phases["rollouts"]) == {"old log-probabilities", memory.CASTS}
     assert make_plan(shape, change(setup, vllm_tensor_parallel=2)).engine_tokens > 2 * made.engine_tokens
 
 

@@ -181,7 +181,7 @@ def judge(request: Request) -> Verdict:
                 f"vLLM's key-value cache holds {plan.engine_tokens:,} tokens, {plan.engine_tokens // needed} sequences of "
                 f"{needed:,}."
             )
-    is_full = setup.zero_stage is None and setup.adapter_parameters is None
+    is_full = setup.zero_stage is None and setup.trains_weights
     if is_full and loses_updates(settings["dtype"], float(settings["learning_rate"])):
         remarks.append(LOST_UPDATES)
     if gpus.count > 1 and request.accelerate is None:
@@ -205,7 +205,7 @@ def make_setup(request: Request, shape: Shape) -> Setup:
         steps = settings["steps_per_generation"]
         rollouts = batch * (accumulation if steps is None else _whole(settings, "steps_per_generation"))
     prompt = 1024 if settings["max_prompt_length"] is None else _whole(settings, "max_prompt_length")
-    adapters = None
+    adapters, adapter_inputs = None, 0
     if settings["use_peft"]:
         modules = settings["lora_target_modules"] or LORA_MODULES
         modules = [modules] if isinstance(modules, str) else modules
@@ -217,6 +217,7 @@ def make_setup(request: Request, shape: Shape) -> Setup:
                 f"lora_target_modules: a plan counts {', '.join(shape.linear_sizes)}, got {sorted(unknown)}."
             )
         adapters = adapter_parameters(shape, _whole(settings, "lora_r"), modules)
+        adapter_inputs = sum(shape.linear_sizes[name][1] for name in modules)
     is_l2t = settings["method"] == "l2t"
     probes = 0
     if is_l2t and settings["correctness_estimator"] == "answer_likelihood":
@@ -242,6 +243,7 @@ def make_setup(request: Request, shape: Shape) -> Setup:
         is_flash="flash" in (settings["attn_implementation"] or ""),
         has_reference=float(settings["beta"]) > 0 and adapters is None,
         adapter_parameters=adapters,
+        adapter_inputs=adapter_inputs,
         uses_vllm=bool(settings["use_vllm"]),
         vllm_share=float(settings["vllm_gpu_memory_utilization"]) if is_colocated else None,
         vllm_sleeps=bool(settings["vllm_enable_sleep_mode"]),
