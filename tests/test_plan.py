@@ -377,6 +377,23 @@ def test_settings_come_from_defaults_recipe_and_command_line():
             ["--gpus", "8xA100-80", "--set", "max_completion_length=many"],
             "max_completion_length must be a whole number",
         ),
+        (["--gpus", "8xA100--80"], "gpus must be written like 8xA100-80"),
+        (["--gpus", "8xA100-80", "--set", "beta=abc"], "beta must be a number, 0 or larger, got 'abc'"),
+        (["--gpus", "8xA100-80", "--set", "learning_rate=-1"], "learning_rate must be a number, 0 or larger, got -1"),
+        (["--gpus", "8xA100-80", "--set", "dtype=fp16"], "dtype must be one of auto, bfloat16, float16, float32, got"),
+        (["--gpus", "8xA100-80", "--set", "method=ppo"], "method must be one of l2t, grpo, got 'ppo'"),
+        (["--gpus", "8xA100-80", "--set", "use_peft=yes"], "use_peft must be true or false, got 'yes'"),
+        (
+            ["--gpus", "8xA100-80", "--set", "vllm_gpu_memory_utilization=40"],
+            "vllm_gpu_memory_utilization must be a share of the GPU, above 0 and at most 1, got 40",
+        ),
+        (
+            ["--gpus", "8xA100-80", "--set", "vllm_mode=serve"],
+            "vllm_mode must be one of colocate, server, got 'serve'",
+        ),
+        (["--gpus", "8xA100-80", "--set", "scoring_batch_size=0"], "scoring_batch_size must be a whole number"),
+        (["--gpus", "8xA100-80", "--set", "vllm_max_model_length=x"], "vllm_max_model_length must be a whole number"),
+        (["--gpus", "8xA100-80", "--prompt_length", "-5"], "max_prompt_length must be a whole number"),
         (["--gpus", "8xA100-80", "--accelerate_config", "zero9"], "accelerate_config 'zero9' is neither"),
         (["--gpus", "8xA100-80", "--set", "model_name_or_path=some/model"], "some/model is no local folder"),
     ],
@@ -384,6 +401,59 @@ def test_settings_come_from_defaults_recipe_and_command_line():
 def test_mistakes_are_named(capsys, options, message):
     assert main(["plan", "--config", QWEN_3B, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("distributed_type: FSDP", "a plan counts distributed_type NO, MULTI_GPU, MULTI_CPU, DEEPSPEED, got FSDP"),
+        ("deepspeed_config: {zero_stage: auto}", "deepspeed_config needs a zero_stage from 0 to 3, got 'auto'"),
+    ],
+)
+def test_ways_of_sharding_that_are_not_counted_are_refused(capsys, tmp_path, config, message):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(config)
+    assert main(["plan", "--config", QWEN_3B, "--gpus", "8xA100-80", "--accelerate_config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting, remark",
+    [
+        ("load_in_4bit=true", "load_in_4bit is not counted: weights are taken as bfloat16."),
+        ("optim=sgd", "optim sgd is not counted: its state is taken as Adam's, two moments."),
+        ("attn_implementation=eager", "attn_implementation eager is not counted: it keeps heads x length x length"),
+    ],
+)
+def test_settings_that_are_not_counted_are_remarked_on(capsys, setting, remark):
+    command = ["plan", "--config", QWEN_3B, "--gpus", "4xA100-80", "--accelerate_config", "zero2"]
+    main(command)
+    assert "is not counted" not in capsys.readouterr().out
+    main([*command, "--set", setting])
+    assert remark in capsys.readouterr().out
+
+
+def test_gpus_are_read_as_they_are_sold_and_cpus_as_they_are_spelt():
+    assert plan.parse_gpus("8xA100-80") == plan.parse_gpus("8xA100-80GB") == (8, "A100", 80)
+    assert plan.parse_gpus("2xRTX-4090-24") == (2, "RTX-4090", 24)
+    settings = plan.read_settings(QWEN_3B, [])
+    shape = find_shape(settings["model_name_or_path"])
+    for name in ("cpu", "CPU"):
+        assert not plan.make_setup(plan.Request(settings, None, plan.parse_gpus(f"1x{name}-8")), shape).is_gpu
+
+
+def test_rollouts_from_vllm_are_suggested_where_a_cache_of_all_is_too_large(capsys):
+    command = ["plan", "--config", R1_7B, "--gpus", "8xA100-80", "--accelerate_config", "zero3"]
+    assert main([*command, "--set", "use_vllm=false"]) == 1
+    assert "use_vllm: true" in capsys.readouterr().out.split("What would make it fit:")[1]
+
+
+def test_adapters_of_all_layers_read_what_their_widths_say():
+    settings = plan.read_settings(QWEN_3B, ["use_peft=true", "lora_target_modules=all-linear"])
+    shape = find_shape(settings["model_name_or_path"])
+    setup = plan.make_setup(plan.Request(settings, None, plan.parse_gpus("1xA100-80")), shape)
+    # q, k, v, gate and up read the stream, o the heads, down the MLP.
+    assert setup.adapter_inputs == 5 * 2048 + 16 * 128 + 11008
 
 
 def test_missing_and_broken_recipes_are_named(capsys, tmp_path):
