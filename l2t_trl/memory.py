@@ -106,6 +106,11 @@ class Setup:
         return self.adapter_parameters is None
 
     @property
+    def autocasts(self) -> bool:
+        """Whether products of fp32 weights are made in bf16."""
+        return self.weight_bytes > self.compute_bytes
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of a weight as the forward pass finds it; DeepSpeed's bf16 mode casts the model."""
         return 2 if self.zero_stage is not None and self.is_mixed else DTYPE_BYTES[self.dtype]
@@ -167,13 +172,7 @@ def make_plan(shape: Shape, setup: Setup) -> Plan:
         engine_tokens = max(0, share - weights - VLLM_WORK_BYTES) // per_token
     if setup.scoring_batch_size is not None:
         phases["scoring"] = _scoring(shape, setup)
-    phases |= _pass(shape, setup, gradients)
-    if setup.weight_bytes > setup.compute_bytes:
-        # Autocast keeps its casts of the layers' weights until a forward pass ends, and the pass keeps them for the one
-        # back, unless it is made anew layer by layer.
-        casts = setup.compute_bytes * shape.num_layers * shape.layer_parameters
-        anew = ("backward, lm_head", "backward, layers") if setup.checkpoints_activations else ()
-        phases = {name: held if name in anew else held | {CASTS: casts} for name, held in phases.items()}
+    phases = _with_casts(phases | _pass(shape, setup, gradients), shape, setup)
     phases["optimiser step"] = {"gradients": gradients} | step
     return Plan(resident, phases, host, engine_tokens)
 
@@ -235,6 +234,16 @@ def _model_state(shape: Shape, setup: Setup) -> tuple[dict[str, int], int, dict[
     return resident, gradients, step, host
 
 
+def _with_casts(phases: dict[str, dict[str, int]], shape: Shape, setup: Setup) -> dict[str, dict[str, int]]:
+    """The phases with autocast's casts of the layers' weights; without any, a pass holds most on its way back."""
+    if not setup.autocasts:
+        return {name: held for name, held in phases.items() if name != "forward"}
+    casts = setup.compute_bytes * shape.num_layers * shape.layer_parameters
+    # They are there until a forward pass ends, and kept for the one back unless the layers are run anew.
+    anew = ("backward, lm_head", "backward, layers") if setup.checkpoints_activations else ()
+    return {name: held if name in anew else held | {CASTS: casts} for name, held in phases.items()}
+
+
 def _layer_bytes(shape: Shape, setup: Setup) -> int:
     """Bytes per token that one decoder layer keeps for its backward pass."""
     compute = setup.compute_bytes
@@ -257,7 +266,7 @@ def _read_bytes(shape: Shape, setup: Setup) -> int:
         # Every adapter drops out anew, and keeps what is left and what was dropped: as booleans, by a CPU as fp32.
         return setup.adapter_inputs * (compute + (1 if setup.is_gpu else 4))
     # What a norm puts out is shared, but for autocast, which casts it anew for query, key, value; gate, up.
-    copies = 5 if setup.weight_bytes > compute else 2
+    copies = 5 if setup.autocasts else 2
     return compute * (copies * shape.hidden_size + shape.intermediate_size)
 
 
@@ -311,7 +320,7 @@ def _head(shape: Shape, setup: Setup) -> dict[str, int]:
     rows, columns, compute = min(tokens, HEAD_TOKENS), min(HEAD_COLUMNS, shape.vocab_size), setup.compute_bytes
     # Of a tile that is wider than the vocabulary a CPU gives memory to the columns that are used.
     tile = rows * compute * HEAD_COLUMNS if setup.is_gpu else rows * columns * (compute + HEAD_TEMPORARY_BYTES)
-    if setup.weight_bytes > compute:
+    if setup.autocasts:
         tile += columns * shape.hidden_size * compute  # autocast's cast of the rows of the weight
     # Gradients are summed in fp32, and then cast.
     cast = setup.weight_bytes if setup.weight_bytes < 4 else 0
