@@ -15,8 +15,10 @@ from l2t_trl.model_shapes import Shape
 
 GIB = 2**30
 
-# Context, kernels and communicators of a process on a GPU. Not ours to count: a usual size.
-CUDA_BYTES = int(1.5 * GIB)
+# Context, kernels and communicators of a process on a GPU; Python and libraries of one on a CPU. Not ours to count: usual
+# sizes (of the latter 0.66 GiB were seen, see docs/memory.md).
+CUDA_BYTES, LIBRARY_BYTES = int(1.5 * GIB), int(0.7 * GIB)
+CONTEXT, LIBRARIES = "CUDA context", "Python and libraries"
 # TRL's fused lm_head projects tiles of so many tokens and so many columns.
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
 # Without Triton a tile's gradient takes fp32 temporaries of its size (logits, logits over temperature, their log
@@ -160,8 +162,7 @@ def make_plan(shape: Shape, setup: Setup) -> Plan:
             How it is trained.
     """
     resident, gradients, step, host = _model_state(shape, setup)
-    if setup.is_gpu:
-        resident["CUDA context"] = CUDA_BYTES
+    resident |= {CONTEXT: CUDA_BYTES} if setup.is_gpu else {LIBRARIES: LIBRARY_BYTES}
     phases = {"rollouts": _rollouts(shape, setup)}
     engine_tokens = None
     if setup.vllm_share is not None:

@@ -23,6 +23,7 @@ R1_7B = str(ROOT / "recipes/DeepSeek-R1-Distill-Qwen-7B/l2t/numinamath-4k.yaml")
 # Per layer: q 16, k 8, v 8, o 16, three of 32, biases 4 + 2 + 2, norms 8: 160. Embedding and lm_head 40 each, norm 4.
 TOY = Shape(4, 2, 2, 1, 8, 10, False, 2)
 TOY_PARAMETERS = 404
+LIBRARIES = {"Python and libraries": memory.LIBRARY_BYTES}
 CPU = Setup(is_gpu=False, is_mixed=False, batch_size=3, prompt_length=5, completion_length=7)
 
 
@@ -82,14 +83,14 @@ def test_unknown_models_and_other_architectures_are_refused(tmp_path):
 def test_model_state_without_deepspeed():
     # fp32: 4 bytes per weight and per gradient, two Adam moments of 4.
     made = make_plan(TOY, CPU)
-    assert made.resident == {"weights": 4 * 404, "optimiser state": 8 * 404}
+    assert made.resident == {"weights": 4 * 404, "optimiser state": 8 * 404} | LIBRARIES
     assert made.phases["optimiser step"] == {"gradients": 4 * 404}
     # beta brings a reference model; several processes bucket gradients.
     mixed = make_plan(TOY, change(CPU, is_mixed=True, has_reference=True, num_processes=2)).resident
     assert mixed["reference model"] == mixed["gradient buckets (DDP)"] == 4 * 404
     # All in bf16: nothing is kept in fp32.
     half = make_plan(TOY, change(CPU, dtype="bfloat16", is_mixed=True))
-    assert half.resident == {"weights": 2 * 404, "optimiser state": 4 * 404}
+    assert half.resident == {"weights": 2 * 404, "optimiser state": 4 * 404} | LIBRARIES
 
 
 def test_autocast_keeps_casts_of_the_layers_until_the_pass_ends():
@@ -115,7 +116,7 @@ def test_adapters_are_trained_in_fp32_beside_a_frozen_model():
     adapters = memory.adapter_parameters(TOY, 2, ["q_proj", "v_proj"])
     assert adapters == 56
     made = make_plan(TOY, change(CPU, dtype="bfloat16", is_mixed=True, adapter_parameters=adapters))
-    assert made.resident == {"weights": 2 * 404, "adapters": 4 * 56, "optimiser state": 8 * 56}
+    assert made.resident == {"weights": 2 * 404, "adapters": 4 * 56, "optimiser state": 8 * 56} | LIBRARIES
     assert made.phases["optimiser step"] == {"gradients": 4 * 56}
     assert made.phases["backward, lm_head"]["lm_head: gradient"] == 0
 
@@ -139,7 +140,7 @@ def test_offloading_moves_weights_and_state_to_the_host():
     setup = change(CPU, is_mixed=True, num_processes=4, zero_stage=3)
     made = make_plan(TOY, change(setup, offloads_optimizer=True, offloads_parameters=True))
     assert made.host == {"fp32 weights": 404, "optimiser state": 808, "gradients": 404, "weights": 202}
-    assert set(made.resident) == {"communication buckets", "gathered weights"}
+    assert set(made.resident) == {"communication buckets", "gathered weights", *LIBRARIES}
     assert sum(made.phases["optimiser step"].values()) == 0
 
 
@@ -172,6 +173,15 @@ def test_most_is_held_in_the_first_layer_where_gradients_outweigh_activations():
     assert held["gradients"] == 4 * (160 + 4 + 40)
     # Of 2 tokens one layer's input, that layer (its mask: 2 x 4), and what is there while it is left.
     assert held["activations"] == 2 * (16 + 296 + 8 + 96)
+
+
+def test_leaving_a_norm_takes_more_than_leaving_a_narrow_mlp_in_bf16():
+    half = change(CPU, dtype="bfloat16", is_mixed=True, accumulation=2, is_flash=True)
+    held = make_plan(TOY, half).phases["backward, layers"]["activations"]
+    # One layer: norms 2 x 4 x (4 + 2), what is read 2 x (2 x 4 + 8), attention 2 x 2 x (4 + 2) and 8, MLP 3 x 2 x 8.
+    layer = 48 + 32 + 24 + 8 + 48
+    # Inputs of two layers, the last norm's 4 x 6, and six fp32 tensors of 4, not 2 x 2 x 8 + 2 x 2 x 4.
+    assert held == 36 * (2 * 8 + 24 + layer + 96)
 
 
 def test_flash_attention_takes_padding_without_a_mask_and_repeats_no_keys():
@@ -431,6 +441,20 @@ def test_settings_that_are_not_counted_are_remarked_on(capsys, setting, remark):
     assert "is not counted" not in capsys.readouterr().out
     main([*command, "--set", setting])
     assert remark in capsys.readouterr().out
+
+
+def test_a_cpu_is_filled_less_than_a_gpu():
+    recipe = str(ROOT / "recipes/tiny/grpo/arithmetic.yaml")
+    settings = plan.read_settings(recipe, ["bf16=false"])
+    for name, filled in (("cpu", 0.75), ("any", 0.9)):
+        gpus = plan.Gpus(1, name, 1.0)
+        peak = plan.judge(plan.Request(settings, None, gpus)).plan.peak / GIB
+        enough, few = (
+            plan.judge(plan.Request(settings, None, gpus._replace(gib=peak / share)))
+            for share in (filled - 0.01, filled + 0.01)
+        )
+        assert enough.fits and not few.fits
+        assert f"are more than {filled:.0%} of" in few.remarks[0]
 
 
 def test_gpus_are_read_as_they_are_sold_and_cpus_as_they_are_spelt():

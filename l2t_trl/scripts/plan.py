@@ -22,7 +22,7 @@ from l2t_trl.scripts.plan_settings import read_settings, read_yaml, whole
 
 
 # Fragmentation and what the arithmetic leaves out need room, too; a CPU's heap more (see docs/memory.md).
-FILLED, CPU_FILLED = 0.9, 0.8
+FILLED, CPU_FILLED = 0.9, 0.75
 # peft's choice for Qwen2 and Llama.
 LORA_MODULES = ["q_proj", "v_proj"]
 # Settings of weights and optimisers whose sizes are not counted.
