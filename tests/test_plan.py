@@ -389,6 +389,7 @@ def test_settings_come_from_defaults_recipe_and_command_line():
         ),
         (["--gpus", "8xA100--80"], "gpus must be written like 8xA100-80"),
         (["--gpus", "8xA100-80", "--set", "beta=abc"], "beta must be a number, 0 or larger, got 'abc'"),
+        (["--gpus", "8xA100-80", "--set", "beta=null"], "beta must be a number, 0 or larger, got None"),
         (["--gpus", "8xA100-80", "--set", "learning_rate=-1"], "learning_rate must be a number, 0 or larger, got -1"),
         (["--gpus", "8xA100-80", "--set", "dtype=fp16"], "dtype must be one of auto, bfloat16, float16, float32, got"),
         (["--gpus", "8xA100-80", "--set", "method=ppo"], "method must be one of l2t, grpo, got 'ppo'"),

@@ -87,6 +87,7 @@ def in_head(event) -> bool:
         ("float32", True, False),
         ("bfloat16", True, False),
         ("float32", False, True),
+        ("float32", True, True),
         ("bfloat16", True, True),
     ],
 )

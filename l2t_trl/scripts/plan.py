@@ -25,7 +25,7 @@ from l2t_trl.scripts.plan_settings import read_settings, read_yaml, whole
 FILLED, CPU_FILLED = 0.9, 0.75
 # peft's choice for Qwen2 and Llama.
 LORA_MODULES = ["q_proj", "v_proj"]
-# Settings of weights and optimisers whose sizes are not counted.
+# Ways of running in parallel that are counted, and weights and optimisers: those that are not, and those that are.
 COUNTED, VLLM_MODES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"), ("colocate", "server")
 QUANTISED, ADAM = ("load_in_4bit", "load_in_8bit"), (None, "adamw_torch", "adamw_torch_fused")
 # A probe's text takes a token per so many characters, and its answer so many tokens.

@@ -85,8 +85,9 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def _checked(field: Field, value: Any) -> Any:
     """Return a value as its declaration wants it, as far as that says: switches, numbers and choices."""
-    types = set(field.type.split(" | ")) - {"None"}
-    if value is None:
+    declared = set(field.type.split(" | "))
+    types = declared - {"None"}
+    if value is None and ("None" in declared or not types <= {"bool", "float"}):
         return None
     if types == {"bool"} and not isinstance(value, bool):
         raise UserError(f"{field.name} must be true or false, got {value!r}.")
