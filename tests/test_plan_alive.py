@@ -61,9 +61,14 @@ def alive(model: torch.nn.Module, setup: Setup) -> dict[str, int]:
         event = roots.pop()
         roots.extend(event.children)
         if event.name == "[memory]":
-            events.append((event.start_time_ns, event.typed[1].alloc_size, in_head(event)))
+            events.append((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size, in_head(event)))
     held, peaks = 0, {"kept": 0, "backward, lm_head": 0, "backward, layers": 0}
-    for _, size, is_head in sorted(events):
+    blocks = set()
+    for _, address, size, is_head in sorted(events):
+        # What was there before, such as another test's model that is collected now, is no part of the pass.
+        if size < 0 and address not in blocks:
+            continue
+        (blocks.add if size > 0 else blocks.remove)(address)
         if is_head and not peaks["backward, lm_head"]:
             peaks["kept"] = held
         held += size
