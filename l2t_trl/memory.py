@@ -15,13 +15,15 @@ from l2t_trl.model_shapes import Shape
 
 GIB = 2**30
 
-# Context, kernels and communicators of a process on a GPU. Not ours to count: a usual size.
-CUDA_BYTES = int(1.5 * GIB)
+# Context, kernels and communicators of a process on a GPU; Python and libraries of one on a CPU. Not ours to count: usual
+# sizes (of the latter 0.66 GiB were seen, see docs/memory.md).
+CUDA_BYTES, LIBRARY_BYTES = int(1.5 * GIB), int(0.7 * GIB)
+CONTEXT, LIBRARIES = "CUDA context", "Python and libraries"
 # TRL's fused lm_head projects tiles of so many tokens and so many columns.
 HEAD_TOKENS, HEAD_COLUMNS = 4096, 32768
-# Without Triton a tile's gradient takes so many fp32 temporaries of its size: a little over 7 by TRL's code, 8 by the
-# peaks in docs/memory.md, which hold what the allocator keeps back, too.
-HEAD_TEMPORARIES = 8
+# Without Triton a tile's gradient takes fp32 temporaries of its size (logits, logits over temperature, their log
+# probabilities and probabilities, the gradient, the targets and their difference) and the targets as booleans.
+HEAD_TEMPORARY_BYTES = 7 * 4 + 1
 # Elements of DeepSpeed's buckets, of gathered weights, and of what its optimiser steps at once under ZeRO-3.
 BUCKET, LIVE_PARAMETERS, SUB_GROUP = 5 * 10**8, 10**9, 10**9
 # Elements of the scoring pass's chunk of logits on a GPU and on a CPU (see l2t_trl/scoring.py), and its copies.
@@ -34,6 +36,7 @@ LOST_UPDATES = (
     "dtype bfloat16 without DeepSpeed keeps no weights in fp32, and updates as small as learning_rate are rounded away: "
     "choose an accelerate_config with DeepSpeed (zero2, zero3), or set dtype to float32."
 )
+CASTS = "bf16 casts of weights"
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 
@@ -58,6 +61,7 @@ class Setup:
         is_flash (`bool`): whether attention takes padding without a mask (flash_attention_2).
         has_reference (`bool`): whether there is a reference model (`beta` above 0, without adapters).
         adapter_parameters (`int`, *optional*): parameters of the LoRA adapters; `None` trains all.
+        adapter_inputs (`int`): widths of what the adapters of one layer read, together.
         uses_vllm (`bool`): whether rollouts come from vLLM, here or elsewhere.
         vllm_share (`float`, *optional*): share of the device that a colocated vLLM takes; `None` without.
         vllm_sleeps (`bool`): whether it gives that share back while the model trains.
@@ -84,6 +88,7 @@ class Setup:
     is_flash: bool = False
     has_reference: bool = False
     adapter_parameters: int | None = None
+    adapter_inputs: int = 0
     uses_vllm: bool = False
     vllm_share: float | None = None
     vllm_sleeps: bool = False
@@ -96,6 +101,16 @@ class Setup:
     def length(self) -> int:
         """Longest prompt and completion in tokens."""
         return self.prompt_length + self.completion_length
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether the model's own weights are trained, rather than adapters beside them."""
+        return self.adapter_parameters is None
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether products of fp32 weights are made in bf16."""
+        return self.weight_bytes > self.compute_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -147,8 +162,7 @@ def make_plan(shape: Shape, setup: Setup) -> Plan:
             How it is trained.
     """
     resident, gradients, step, host = _model_state(shape, setup)
-    if setup.is_gpu:
-        resident["CUDA context"] = CUDA_BYTES
+    resident |= {CONTEXT: CUDA_BYTES} if setup.is_gpu else {LIBRARIES: LIBRARY_BYTES}
     phases = {"rollouts": _rollouts(shape, setup)}
     engine_tokens = None
     if setup.vllm_share is not None:
@@ -159,7 +173,7 @@ def make_plan(shape: Shape, setup: Setup) -> Plan:
         engine_tokens = max(0, share - weights - VLLM_WORK_BYTES) // per_token
     if setup.scoring_batch_size is not None:
         phases["scoring"] = _scoring(shape, setup)
-    phases |= _backward(shape, setup, gradients)
+    phases = _with_casts(phases | _pass(shape, setup, gradients), shape, setup)
     phases["optimiser step"] = {"gradients": gradients} | step
     return Plan(resident, phases, host, engine_tokens)
 
@@ -185,13 +199,11 @@ def _model_state(shape: Shape, setup: Setup) -> tuple[dict[str, int], int, dict[
     itemsize, shards, stage = setup.weight_bytes, setup.num_processes, setup.zero_stage
     host, step = {}, {}
     if stage is None:
-        # Adapters are trained in fp32 whatever the model's data type. Autocast keeps casts of weights until it ends.
-        trained = itemsize if setup.adapter_parameters is None else 4
+        # Adapters are trained in fp32 whatever the model's data type.
+        trained = itemsize if setup.trains_weights else 4
         resident = {"weights": parameters * itemsize, "optimiser state": 2 * trainable * trained}
-        if setup.adapter_parameters is not None:
+        if not setup.trains_weights:
             resident["adapters"] = trainable * trained
-        if setup.is_mixed and itemsize == 4:
-            resident["bf16 casts of weights"] = 2 * parameters
         gradients = trainable * trained
         if shards > 1:
             resident["gradient buckets (DDP)"] = gradients
@@ -223,15 +235,40 @@ def _model_state(shape: Shape, setup: Setup) -> tuple[dict[str, int], int, dict[
     return resident, gradients, step, host
 
 
+def _with_casts(phases: dict[str, dict[str, int]], shape: Shape, setup: Setup) -> dict[str, dict[str, int]]:
+    """The phases with autocast's casts of the layers' weights; without any, a pass holds most on its way back."""
+    if not setup.autocasts:
+        return {name: held for name, held in phases.items() if name != "forward"}
+    casts = setup.compute_bytes * shape.num_layers * shape.layer_parameters
+    # They are there until a forward pass ends, and kept for the one back unless the layers are run anew.
+    anew = ("backward, lm_head", "backward, layers") if setup.checkpoints_activations else ()
+    return {name: held if name in anew else held | {CASTS: casts} for name, held in phases.items()}
+
+
 def _layer_bytes(shape: Shape, setup: Setup) -> int:
     """Bytes per token that one decoder layer keeps for its backward pass."""
-    stream, compute = setup.weight_bytes, setup.compute_bytes
-    # A norm keeps its input in fp32, the normalised input, and what the linear layers read.
-    norms = 2 * shape.hidden_size * (4 + stream + compute)
-    # Query, output twice (as put out and transposed), keys and values repeated for every query head.
-    attention = 5 * compute * shape.query_size + 4 * shape.num_heads
-    mlp = 4 * compute * shape.intermediate_size  # gate, its activation, up, their product
-    return norms + attention + mlp + _mask_bytes(setup)
+    compute = setup.compute_bytes
+    # Query, output, and keys and values, which only flash attention does not repeat for every query head.
+    keys = shape.key_value_size if setup.is_flash else shape.query_size
+    attention = 2 * compute * (shape.query_size + keys) + 4 * shape.num_heads
+    mlp = 3 * compute * shape.intermediate_size  # gate, its activation, up
+    return 2 * _norm_bytes(shape, setup) + attention + mlp + _read_bytes(shape, setup) + _mask_bytes(setup)
+
+
+def _norm_bytes(shape: Shape, setup: Setup) -> int:
+    """Bytes per token that a norm keeps: its input in fp32 and, where its weight is trained, that normalised."""
+    return shape.hidden_size * (4 + (setup.weight_bytes if setup.trains_weights else 0))
+
+
+def _read_bytes(shape: Shape, setup: Setup) -> int:
+    """Bytes per token that a layer's linear layers keep of what they read, beyond what attention keeps anyway."""
+    compute = setup.compute_bytes
+    if not setup.trains_weights:
+        # Every adapter drops out anew, and keeps what is left and what was dropped: as booleans, by a CPU as fp32.
+        return setup.adapter_inputs * (compute + (1 if setup.is_gpu else 4))
+    # What a norm puts out is shared, but for autocast, which casts it anew for query, key, value; gate, up.
+    copies = 5 if setup.autocasts else 2
+    return compute * (copies * shape.hidden_size + shape.intermediate_size)
 
 
 def _mask_bytes(setup: Setup) -> int:
@@ -244,38 +281,52 @@ def _passing_bytes(shape: Shape, setup: Setup) -> int:
     return 3 * setup.compute_bytes * shape.intermediate_size + 3 * 4 * shape.hidden_size
 
 
-def _backward(shape: Shape, setup: Setup, gradients: int) -> dict[str, dict[str, int]]:
-    """The backward pass where it begins (lm_head) and where it goes through the layers."""
-    tokens, compute, stream = setup.batch_size * setup.length, setup.compute_bytes, setup.weight_bytes
-    layer = tokens * _layer_bytes(shape, setup)
-    # While a layer is left, gradients of its widest tensors and of its stream are there.
-    leaving = tokens * (2 * compute * shape.intermediate_size + 2 * stream * shape.hidden_size)
-    inputs = tokens * stream * shape.hidden_size
-    if setup.checkpoints_activations:
-        kept, passing = (shape.num_layers + 1) * inputs, layer + leaving
-    else:
-        kept, passing = shape.num_layers * layer + inputs, leaving
+def _pass(shape: Shape, setup: Setup, gradients: int) -> dict[str, dict[str, int]]:
+    """The forward pass at its end, and the backward pass where it begins (lm_head) and as it goes through the layers."""
+    tokens, stream = setup.batch_size * setup.length, setup.weight_bytes
+    layer, inputs = tokens * _layer_bytes(shape, setup), tokens * stream * shape.hidden_size
+    kept_of_each, again = (inputs, layer) if setup.checkpoints_activations else (layer, 0)
+    kept = shape.num_layers * kept_of_each + tokens * _norm_bytes(shape, setup)
     mask = 0 if setup.is_flash else setup.batch_size * setup.length**2
     # Of the first pass of a step no gradients are there yet when it begins.
     earlier = gradients if setup.accumulation > 1 else 0
-    head = {"activations": kept, "attention mask": mask, "gradients": earlier} | _head(shape, setup)
+    held = {"activations": kept, "attention mask": mask, "gradients": earlier}
+    head = held | _head(shape, setup)
     if not earlier:
-        # What is kept is given up as gradients come, layer by layer: together little more than the larger of the two.
-        kept, gradients = (kept, 0) if kept > gradients else (0, gradients)
-    layers = {"activations": kept + passing, "attention mask": mask, "gradients": gradients}
-    return {"backward, lm_head": head, "backward, layers": layers}
+        # What is kept is given up as gradients come, layer by layer: most is there in the last layer or in the first.
+        last = kept, gradients * shape.head_parameters // shape.num_parameters
+        first = kept_of_each, gradients * shape.parameters_behind_first_layer // shape.num_parameters
+        kept, gradients = max(last, first, key=sum)
+    activations = kept + again + tokens * _leaving_bytes(shape, setup)
+    return {
+        "forward": held | {"lm_head: tile": head["lm_head: tile"]},
+        "backward, lm_head": head,
+        "backward, layers": {"activations": activations, "attention mask": mask, "gradients": gradients},
+    }
+
+
+def _leaving_bytes(shape: Shape, setup: Setup) -> int:
+    """Bytes per token of the gradients at the MLP (of what it keeps, and of the stream), or at a norm in fp32."""
+    mlp = 2 * setup.compute_bytes * shape.intermediate_size + 2 * setup.weight_bytes * shape.hidden_size
+    if setup.is_mixed and setup.adapter_inputs >= shape.intermediate_size:
+        # Of what the adapter of down_proj reads, in fp32, before and behind its dropout.
+        mlp += 2 * 4 * shape.intermediate_size
+    return max(mlp, 6 * 4 * shape.hidden_size)
 
 
 def _head(shape: Shape, setup: Setup) -> dict[str, int]:
     """The fused lm_head: no (tokens x vocabulary) logits, but gradients of weight and hidden states in fp32."""
     # Without Triton prompt tokens are projected, too.
     tokens = setup.batch_size * (setup.completion_length if setup.is_gpu else setup.length)
-    rows, compute = min(tokens, HEAD_TOKENS), setup.compute_bytes
-    tile = rows * (HEAD_COLUMNS if setup.is_gpu else min(HEAD_COLUMNS, shape.vocab_size)) * compute
-    if not setup.is_gpu:
-        tile += HEAD_TEMPORARIES * 4 * rows * min(HEAD_COLUMNS, shape.vocab_size)
-    hidden = tokens * shape.hidden_size * (setup.weight_bytes + 4)
-    weight = 0 if setup.adapter_parameters is not None else 4 * shape.head_parameters
+    rows, columns, compute = min(tokens, HEAD_TOKENS), min(HEAD_COLUMNS, shape.vocab_size), setup.compute_bytes
+    # Of a tile that is wider than the vocabulary a CPU gives memory to the columns that are used.
+    tile = rows * compute * HEAD_COLUMNS if setup.is_gpu else rows * columns * (compute + HEAD_TEMPORARY_BYTES)
+    if setup.autocasts:
+        tile += columns * shape.hidden_size * compute  # autocast's cast of the rows of the weight
+    # Gradients are summed in fp32, and then cast.
+    cast = setup.weight_bytes if setup.weight_bytes < 4 else 0
+    hidden = tokens * shape.hidden_size * (setup.weight_bytes + 4 + cast)
+    weight = (4 + cast) * shape.head_parameters if setup.trains_weights else 0
     return {"lm_head: tile": tile, "lm_head: hidden states": hidden, "lm_head: gradient": weight}
 
 

@@ -68,13 +68,21 @@ class Shape:
         }
 
     @property
+    def layer_parameters(self) -> int:
+        """Parameters of a decoder layer."""
+        biases = self.query_size + 2 * self.key_value_size if self.has_qkv_bias else 0
+        return sum(outputs * inputs for outputs, inputs in self.linear_sizes.values()) + 2 * self.hidden_size + biases
+
+    @property
+    def parameters_behind_first_layer(self) -> int:
+        """Parameters of the second layer and all after it: those with gradients when only the first layer is left."""
+        return (self.num_layers - 1) * self.layer_parameters + self.hidden_size + self.head_parameters
+
+    @property
     def num_parameters(self) -> int:
         """All parameters."""
-        layer = sum(outputs * inputs for outputs, inputs in self.linear_sizes.values()) + 2 * self.hidden_size
-        if self.has_qkv_bias:
-            layer += self.query_size + 2 * self.key_value_size
-        embeddings = self.head_parameters * (1 if self.is_tied else 2)
-        return embeddings + self.num_layers * layer + self.hidden_size
+        embedding = 0 if self.is_tied else self.head_parameters
+        return self.parameters_behind_first_layer + self.layer_parameters + embedding
 
     def cache_elements(self, num_tokens: int) -> int:
         """Elements of the key-value cache of `num_tokens` tokens."""

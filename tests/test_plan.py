@@ -23,6 +23,7 @@ R1_7B = str(ROOT / "recipes/DeepSeek-R1-Distill-Qwen-7B/l2t/numinamath-4k.yaml")
 # Per layer: q 16, k 8, v 8, o 16, three of 32, biases 4 + 2 + 2, norms 8: 160. Embedding and lm_head 40 each, norm 4.
 TOY = Shape(4, 2, 2, 1, 8, 10, False, 2)
 TOY_PARAMETERS = 404
+LIBRARIES = {"Python and libraries": memory.LIBRARY_BYTES}
 CPU = Setup(is_gpu=False, is_mixed=False, batch_size=3, prompt_length=5, completion_length=7)
 
 
@@ -82,15 +83,32 @@ def test_unknown_models_and_other_architectures_are_refused(tmp_path):
 def test_model_state_without_deepspeed():
     # fp32: 4 bytes per weight and per gradient, two Adam moments of 4.
     made = make_plan(TOY, CPU)
-    assert made.resident == {"weights": 4 * 404, "optimiser state": 8 * 404}
+    assert made.resident == {"weights": 4 * 404, "optimiser state": 8 * 404} | LIBRARIES
     assert made.phases["optimiser step"] == {"gradients": 4 * 404}
-    # Autocast keeps casts; beta brings a reference model; several processes bucket gradients.
+    # beta brings a reference model; several processes bucket gradients.
     mixed = make_plan(TOY, change(CPU, is_mixed=True, has_reference=True, num_processes=2)).resident
-    assert mixed["bf16 casts of weights"] == 2 * 404
     assert mixed["reference model"] == mixed["gradient buckets (DDP)"] == 4 * 404
     # All in bf16: nothing is kept in fp32.
     half = make_plan(TOY, change(CPU, dtype="bfloat16", is_mixed=True))
-    assert half.resident == {"weights": 2 * 404, "optimiser state": 4 * 404}
+    assert half.resident == {"weights": 2 * 404, "optimiser state": 4 * 404} | LIBRARIES
+
+
+def test_autocast_keeps_casts_of_the_layers_until_the_pass_ends():
+    def phases_with_casts(setup: Setup) -> set[str]:
+        phases = make_plan(TOY, setup).phases
+        # 2 layers of 160 weights in bf16.
+        assert all(held.get(memory.CASTS, 640) == 640 for held in phases.values())
+        return {name for name, held in phases.items() if memory.CASTS in held}
+
+    mixed, forward = change(CPU, is_mixed=True), {"rollouts", "forward"}
+    # Checkpointing casts anew, layer by layer.
+    assert phases_with_casts(mixed) == forward
+    assert phases_with_casts(change(mixed, checkpoints_activations=False)) == forward | {
+        "backward, lm_head",
+        "backward, layers",
+    }
+    assert phases_with_casts(CPU) == phases_with_casts(change(mixed, dtype="bfloat16")) == set()
+    assert phases_with_casts(change(mixed, zero_stage=2)) == set()
 
 
 def test_adapters_are_trained_in_fp32_beside_a_frozen_model():
@@ -98,7 +116,7 @@ def test_adapters_are_trained_in_fp32_beside_a_frozen_model():
     adapters = memory.adapter_parameters(TOY, 2, ["q_proj", "v_proj"])
     assert adapters == 56
     made = make_plan(TOY, change(CPU, dtype="bfloat16", is_mixed=True, adapter_parameters=adapters))
-    assert made.resident == {"weights": 2 * 404, "adapters": 4 * 56, "optimiser state": 8 * 56}
+    assert made.resident == {"weights": 2 * 404, "adapters": 4 * 56, "optimiser state": 8 * 56} | LIBRARIES
     assert made.phases["optimiser step"] == {"gradients": 4 * 56}
     assert made.phases["backward, lm_head"]["lm_head: gradient"] == 0
 
@@ -122,32 +140,67 @@ def test_offloading_moves_weights_and_state_to_the_host():
     setup = change(CPU, is_mixed=True, num_processes=4, zero_stage=3)
     made = make_plan(TOY, change(setup, offloads_optimizer=True, offloads_parameters=True))
     assert made.host == {"fp32 weights": 404, "optimiser state": 808, "gradients": 404, "weights": 202}
-    assert set(made.resident) == {"communication buckets", "gathered weights"}
+    assert set(made.resident) == {"communication buckets", "gathered weights", *LIBRARIES}
     assert sum(made.phases["optimiser step"].values()) == 0
 
 
 def test_activations_with_and_without_checkpointing():
-    # Per token and layer in fp32: norms 2 x 4 x 12, attention 5 x 4 x 4 and 2 x 4 statistics, MLP 4 x 4 x 8, and a
-    # row of the mask, 12 x 4.
-    layer = 96 + 88 + 128 + 48
+    # Per token and layer in fp32: two norms of 4 x 4 x 2 (input, normalised), what the linear layers read, 2 x 4 x 4 and
+    # 4 x 8, attention 4 x 4 x 4 and 2 x 4 statistics, MLP 3 x 4 x 8, and a row of the mask, 12 x 4.
+    layer = 2 * 32 + 32 + 32 + 64 + 8 + 96 + 48
     tokens, inputs = 3 * 12, 3 * 12 * 16
-    leaving = tokens * (2 * 4 * 8 + 2 * 4 * 4)
+    final_norm = tokens * 32
+    # Behind an MLP: two gradients of its width, two of the stream's.
+    leaving = tokens * max(2 * 4 * 8 + 2 * 4 * 4, 6 * 4 * 4)
     plain = make_plan(TOY, change(CPU, checkpoints_activations=False)).phases
-    kept = 2 * tokens * layer + inputs
+    kept = 2 * tokens * layer + final_norm
     assert plain["backward, lm_head"]["activations"] == kept
+    # All is kept when the last layer is left, and only lm_head has a gradient then: 40 weights of 4 bytes.
     assert plain["backward, layers"]["activations"] == kept + leaving
+    assert plain["backward, layers"]["gradients"] == 160
     saving = make_plan(TOY, CPU).phases
-    assert saving["backward, lm_head"]["activations"] == 3 * inputs
-    # Its gradients (1,616 bytes) are fewer than what is kept: they take the place of what is given up.
-    assert saving["backward, layers"]["activations"] == 3 * inputs + tokens * layer + leaving
-    assert saving["backward, layers"]["gradients"] == 0
+    assert saving["backward, lm_head"]["activations"] == 2 * inputs + final_norm
+    assert saving["backward, layers"]["activations"] == 2 * inputs + final_norm + tokens * layer + leaving
     # With a pass before, gradients are there all along.
     accumulated = make_plan(TOY, change(CPU, accumulation=2)).phases
     assert accumulated["backward, lm_head"]["gradients"] == accumulated["backward, layers"]["gradients"] == 1616
-    # Flash attention takes padding without a mask, 3 x 12 x 12 booleans here and 48 bytes of a row per layer.
-    flash = make_plan(TOY, change(CPU, checkpoints_activations=False, is_flash=True)).phases["backward, lm_head"]
-    assert flash["activations"] == kept - 2 * tokens * 48
-    assert (flash["attention mask"], plain["backward, lm_head"]["attention mask"]) == (0, 3 * 144)
+
+
+def test_most_is_held_in_the_first_layer_where_gradients_outweigh_activations():
+    short = change(CPU, batch_size=1, prompt_length=1, completion_length=1)
+    held = make_plan(TOY, short).phases["backward, layers"]
+    # One layer's gradients (160), the final norm's (4) and lm_head's (40): the first layer and the embedding have none.
+    assert held["gradients"] == 4 * (160 + 4 + 40)
+    # Of 2 tokens one layer's input, that layer (its mask: 2 x 4), and what is there while it is left.
+    assert held["activations"] == 2 * (16 + 296 + 8 + 96)
+
+
+def test_leaving_a_norm_takes_more_than_leaving_a_narrow_mlp_in_bf16():
+    half = change(CPU, dtype="bfloat16", is_mixed=True, accumulation=2, is_flash=True)
+    held = make_plan(TOY, half).phases["backward, layers"]["activations"]
+    # One layer: norms 2 x 4 x (4 + 2), what is read 2 x (2 x 4 + 8), attention 2 x 2 x (4 + 2) and 8, MLP 3 x 2 x 8.
+    layer = 48 + 32 + 24 + 8 + 48
+    # Inputs of two layers, the last norm's 4 x 6, and six fp32 tensors of 4, not 2 x 2 x 8 + 2 x 2 x 4.
+    assert held == 36 * (2 * 8 + 24 + layer + 96)
+
+
+def test_flash_attention_takes_padding_without_a_mask_and_repeats_no_keys():
+    plain, flash = (make_plan(TOY, change(CPU, checkpoints_activations=False, is_flash=value)) for value in (0, 1))
+    plain, flash = plain.phases["backward, lm_head"], flash.phases["backward, lm_head"]
+    # 3 x 12 x 12 booleans; per token and layer a row of 12 and two of keys and values, 2 instead of 4 wide, in fp32.
+    assert (plain["attention mask"], flash["attention mask"]) == (3 * 144, 0)
+    assert plain["activations"] - flash["activations"] == 2 * 36 * (12 * 4 + 2 * 2 * 4)
+
+
+def test_adapters_keep_what_they_read_and_frozen_layers_do_not():
+    adapted = change(CPU, checkpoints_activations=False, adapter_parameters=56, adapter_inputs=8)
+    held = make_plan(TOY, adapted).phases["backward, lm_head"]["activations"]
+    # Norms' inputs, attention, MLP and mask as ever; what two adapters read, 4 wide, and what they dropped of it.
+    layer = 2 * 16 + 64 + 8 + 96 + 48 + 8 * (4 + 4)
+    assert held == 2 * 36 * layer + 36 * 16
+    # A GPU holds what was dropped as booleans.
+    on_gpu = make_plan(TOY, change(adapted, is_gpu=True)).phases["backward, lm_head"]["activations"]
+    assert held - on_gpu == 2 * 36 * 8 * 3
 
 
 def test_lm_head_holds_no_logits_of_all_tokens():
@@ -156,18 +209,23 @@ def test_lm_head_holds_no_logits_of_all_tokens():
     for length in (8192, 16384):
         phases = make_plan(big, Setup(batch_size=2, completion_length=length)).phases
         sizes.append(phases["backward, lm_head"])
-    # One tile of 4,096 x 32,768 in bf16, whatever the length.
-    assert [size["lm_head: tile"] for size in sizes] == 2 * [4096 * 32768 * 2]
+    # One tile of 4,096 x 32,768 in bf16, whatever the length, and autocast's cast of 32,768 rows of the weight.
+    assert [size["lm_head: tile"] for size in sizes] == 2 * [(4096 + 2048) * 32768 * 2]
     assert sizes[0]["lm_head: gradient"] == 4 * 151936 * 2048
     # Two hidden states of 8,192 tokens, in fp32 as the stream is, and their gradients.
     assert sizes[0]["lm_head: hidden states"] == 2 * 8192 * 2048 * 8
+    # bf16 weights need no cast, but gradients in fp32 are cast to bf16 when they are complete.
+    half = make_plan(big, Setup(batch_size=2, completion_length=8192, zero_stage=2)).phases["backward, lm_head"]
+    assert half["lm_head: tile"] == 4096 * 32768 * 2
+    assert half["lm_head: gradient"] == (4 + 2) * 151936 * 2048
+    assert half["lm_head: hidden states"] == 2 * 8192 * 2048 * (2 + 4 + 2)
 
 
 def test_lm_head_without_triton_projects_prompts_too_and_keeps_temporaries():
     held = make_plan(TOY, CPU).phases["backward, lm_head"]
-    # 3 rows of 12 tokens: states and gradients in fp32; a tile of 10 columns and its temporaries.
+    # 3 rows of 12 tokens: states and gradients in fp32; a tile of 10 columns, seven temporaries and one of booleans.
     assert held["lm_head: hidden states"] == 36 * 4 * 8
-    assert held["lm_head: tile"] == 4 * 36 * 10 * (1 + memory.HEAD_TEMPORARIES)
+    assert held["lm_head: tile"] == 36 * 10 * (4 + 7 * 4 + 1)
 
 
 def test_rollouts_of_transformers_hold_a_cache():
@@ -191,7 +249,7 @@ def test_vllm_takes_its_share_and_keeps_a_cache_in_it():
     # A server elsewhere takes nothing here, nor do rollouts but for the old log-probabilities.
     elsewhere = make_plan(shape, change(setup, vllm_share=None))
     assert elsewhere.engine_tokens is None and "vLLM's share" not in elsewhere.resident
-    assert set(elsewhere.phases["rollouts"]) == {"old log-probabilities"}
+    assert set(elsewhere.phases["rollouts"]) == {"old log-probabilities", memory.CASTS}
     assert make_plan(shape, change(setup, vllm_tensor_parallel=2)).engine_tokens > 2 * made.engine_tokens
 
 
@@ -329,6 +387,24 @@ def test_settings_come_from_defaults_recipe_and_command_line():
             ["--gpus", "8xA100-80", "--set", "max_completion_length=many"],
             "max_completion_length must be a whole number",
         ),
+        (["--gpus", "8xA100--80"], "gpus must be written like 8xA100-80"),
+        (["--gpus", "8xA100-80", "--set", "beta=abc"], "beta must be a number, 0 or larger, got 'abc'"),
+        (["--gpus", "8xA100-80", "--set", "beta=null"], "beta must be a number, 0 or larger, got None"),
+        (["--gpus", "8xA100-80", "--set", "learning_rate=-1"], "learning_rate must be a number, 0 or larger, got -1"),
+        (["--gpus", "8xA100-80", "--set", "dtype=fp16"], "dtype must be one of auto, bfloat16, float16, float32, got"),
+        (["--gpus", "8xA100-80", "--set", "method=ppo"], "method must be one of l2t, grpo, got 'ppo'"),
+        (["--gpus", "8xA100-80", "--set", "use_peft=yes"], "use_peft must be true or false, got 'yes'"),
+        (
+            ["--gpus", "8xA100-80", "--set", "vllm_gpu_memory_utilization=40"],
+            "vllm_gpu_memory_utilization must be a share of the GPU, above 0 and at most 1, got 40",
+        ),
+        (
+            ["--gpus", "8xA100-80", "--set", "vllm_mode=serve"],
+            "vllm_mode must be one of colocate, server, got 'serve'",
+        ),
+        (["--gpus", "8xA100-80", "--set", "scoring_batch_size=0"], "scoring_batch_size must be a whole number"),
+        (["--gpus", "8xA100-80", "--set", "vllm_max_model_length=x"], "vllm_max_model_length must be a whole number"),
+        (["--gpus", "8xA100-80", "--prompt_length", "-5"], "max_prompt_length must be a whole number"),
         (["--gpus", "8xA100-80", "--accelerate_config", "zero9"], "accelerate_config 'zero9' is neither"),
         (["--gpus", "8xA100-80", "--set", "model_name_or_path=some/model"], "some/model is no local folder"),
     ],
@@ -336,6 +412,73 @@ def test_settings_come_from_defaults_recipe_and_command_line():
 def test_mistakes_are_named(capsys, options, message):
     assert main(["plan", "--config", QWEN_3B, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("distributed_type: FSDP", "a plan counts distributed_type NO, MULTI_GPU, MULTI_CPU, DEEPSPEED, got FSDP"),
+        ("deepspeed_config: {zero_stage: auto}", "deepspeed_config needs a zero_stage from 0 to 3, got 'auto'"),
+    ],
+)
+def test_ways_of_sharding_that_are_not_counted_are_refused(capsys, tmp_path, config, message):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(config)
+    assert main(["plan", "--config", QWEN_3B, "--gpus", "8xA100-80", "--accelerate_config", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting, remark",
+    [
+        ("load_in_4bit=true", "load_in_4bit is not counted: weights are taken as bfloat16."),
+        ("optim=sgd", "optim sgd is not counted: its state is taken as Adam's, two moments."),
+        ("attn_implementation=eager", "attn_implementation eager is not counted: it keeps heads x length x length"),
+    ],
+)
+def test_settings_that_are_not_counted_are_remarked_on(capsys, setting, remark):
+    command = ["plan", "--config", QWEN_3B, "--gpus", "4xA100-80", "--accelerate_config", "zero2"]
+    main(command)
+    assert "is not counted" not in capsys.readouterr().out
+    main([*command, "--set", setting])
+    assert remark in capsys.readouterr().out
+
+
+def test_a_cpu_is_filled_less_than_a_gpu():
+    recipe = str(ROOT / "recipes/tiny/grpo/arithmetic.yaml")
+    settings = plan.read_settings(recipe, ["bf16=false"])
+    for name, filled in (("cpu", 0.75), ("any", 0.9)):
+        gpus = plan.Gpus(1, name, 1.0)
+        peak = plan.judge(plan.Request(settings, None, gpus)).plan.peak / GIB
+        enough, few = (
+            plan.judge(plan.Request(settings, None, gpus._replace(gib=peak / share)))
+            for share in (filled - 0.01, filled + 0.01)
+        )
+        assert enough.fits and not few.fits
+        assert f"are more than {filled:.0%} of" in few.remarks[0]
+
+
+def test_gpus_are_read_as_they_are_sold_and_cpus_as_they_are_spelt():
+    assert plan.parse_gpus("8xA100-80") == plan.parse_gpus("8xA100-80GB") == (8, "A100", 80)
+    assert plan.parse_gpus("2xRTX-4090-24") == (2, "RTX-4090", 24)
+    settings = plan.read_settings(QWEN_3B, [])
+    shape = find_shape(settings["model_name_or_path"])
+    for name in ("cpu", "CPU"):
+        assert not plan.make_setup(plan.Request(settings, None, plan.parse_gpus(f"1x{name}-8")), shape).is_gpu
+
+
+def test_rollouts_from_vllm_are_suggested_where_a_cache_of_all_is_too_large(capsys):
+    command = ["plan", "--config", R1_7B, "--gpus", "8xA100-80", "--accelerate_config", "zero3"]
+    assert main([*command, "--set", "use_vllm=false"]) == 1
+    assert "use_vllm: true" in capsys.readouterr().out.split("What would make it fit:")[1]
+
+
+def test_adapters_of_all_layers_read_what_their_widths_say():
+    settings = plan.read_settings(QWEN_3B, ["use_peft=true", "lora_target_modules=all-linear"])
+    shape = find_shape(settings["model_name_or_path"])
+    setup = plan.make_setup(plan.Request(settings, None, plan.parse_gpus("1xA100-80")), shape)
+    # q, k, v, gate and up read the stream, o the heads, down the MLP.
+    assert setup.adapter_inputs == 5 * 2048 + 16 * 128 + 11008
 
 
 def test_missing_and_broken_recipes_are_named(capsys, tmp_path):

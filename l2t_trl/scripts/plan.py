@@ -1,8 +1,6 @@
 """`l2t plan`: what memory a recipe takes on given GPUs, whether it fits, and what to change. Nothing heavy is imported."""
 
 import argparse
-import ast
-import difflib
 import math
 import re
 from collections.abc import Callable
@@ -20,12 +18,16 @@ from l2t_trl.memory import (
     trainable_parameters,
 )
 from l2t_trl.model_shapes import Shape, find_shape
+from l2t_trl.scripts.plan_settings import read_settings, read_yaml, whole
 
 
-# Fragmentation and what the arithmetic leaves out need room, too.
-FILLED = 0.9
+# Fragmentation and what the arithmetic leaves out need room, too; a CPU's heap more (see docs/memory.md).
+FILLED, CPU_FILLED = 0.9, 0.75
 # peft's choice for Qwen2 and Llama.
 LORA_MODULES = ["q_proj", "v_proj"]
+# Ways of running in parallel that are counted, and weights and optimisers: those that are not, and those that are.
+COUNTED, VLLM_MODES = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"), ("colocate", "server")
+QUANTISED, ADAM = ("load_in_4bit", "load_in_8bit"), (None, "adamw_torch", "adamw_torch_fused")
 # A probe's text takes a token per so many characters, and its answer so many tokens.
 CHARACTERS_PER_TOKEN, ANSWER_TOKENS = 4, 8
 CPU = "cpu"
@@ -65,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--gpus",
         required=True,
-        metavar="NxNAME-GB",
-        help="e.g. 8xA100-80: number, name and memory of each in GB; 1xcpu-8 without a GPU",
+        metavar="NxNAME-GIB",
+        help="e.g. 8xA100-80: number, name and GiB of each (a GPU sold with 80 GB has 80 GiB); 1xcpu-8 without a GPU",
     )
     parser.add_argument(
         "--accelerate_config",
@@ -111,45 +113,37 @@ def parse_gpus(text: str) -> Gpus:
     Raises:
         UserError: if it is written in another way.
     """
-    match = re.fullmatch(r"(\d+)x(.+)-(\d+(?:\.\d+)?)", text)
+    match = re.fullmatch(r"(\d+)x([^-]+(?:-[^-]+)*)-(\d+(?:\.\d+)?)(?:GB|GiB)?", text)
     if match is None or int(match[1]) < 1 or float(match[3]) <= 0:
-        raise UserError(f"gpus must be written like 8xA100-80 (number x name - GB of each), got {text!r}.")
+        raise UserError(f"gpus must be written like 8xA100-80 (number x name - GiB of each), got {text!r}.")
     return Gpus(int(match[1]), match[2], float(match[3]))
 
 
-def read_settings(path: str, overrides: list[str]) -> dict[str, Any]:
+def read_accelerate(name: str | None) -> dict[str, Any] | None:
     """
-    Return every setting's value: the default, that of the recipe, or that of `overrides` (`"key=value"`).
+    Return the accelerate configuration of a name or path, `None` for none.
 
     Raises:
-        UserError: if the recipe cannot be read, or a key is no setting.
+        UserError: if there is none, or it shards in a way that is not counted.
     """
-    from l2t_trl.scripts.train import setting_sections
-
-    settings: dict[str, Any] = {}
-    for _, fields in setting_sections():
-        for item in fields:
-            settings.setdefault(item.name, _literal(item.default))
-    given = dict(_read_yaml(path))
-    given.pop("env", None)
-    for entry in overrides:
-        key, mark, value = entry.partition("=")
-        if not mark:
-            raise UserError(f"--set takes KEY=VALUE, got {entry!r}.")
-        given[key] = _literal({"true": "True", "false": "False", "null": "None"}.get(value.lower(), value), value)
-    for key in given:
-        if key not in settings:
-            close = difflib.get_close_matches(str(key), settings, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"{path}: {key} is not a setting{hint}.")
-    return settings | given
-
-
-def read_accelerate(name: str | None) -> dict[str, Any] | None:
-    """Return the accelerate configuration of a name or path, `None` for none."""
     from l2t_trl.launch import find_accelerate_config
 
-    return None if name is None else dict(_read_yaml(str(find_accelerate_config(name))))
+    if name is None:
+        return None
+    config = dict(read_yaml(str(find_accelerate_config(name))))
+    if config.get("distributed_type", "NO") not in COUNTED:
+        raise UserError(
+            f"{name}: a plan counts distributed_type {', '.join(COUNTED)}, got {config['distributed_type']}."
+        )
+    if config.get("deepspeed_config") and zero_stage(config) not in (0, 1, 2, 3):
+        raise UserError(f"{name}: deepspeed_config needs a zero_stage from 0 to 3, got {zero_stage(config)!r}.")
+    return config
+
+
+def zero_stage(accelerate: dict[str, Any] | None) -> Any:
+    """Return the ZeRO stage of an accelerate configuration, `None` where DeepSpeed has no part in it."""
+    deepspeed = (accelerate or {}).get("deepspeed_config")
+    return deepspeed.get("zero_stage", 0) if deepspeed else None
 
 
 def judge(request: Request) -> Verdict:
@@ -163,11 +157,11 @@ def judge(request: Request) -> Verdict:
     shape = find_shape(settings["model_name_or_path"])
     setup = make_setup(request, shape)
     plan = make_plan(shape, setup)
-    room = FILLED * setup.device_bytes
-    fits = plan.peak <= room
+    filled = FILLED if setup.is_gpu else CPU_FILLED
+    fits = plan.peak <= filled * setup.device_bytes
     remarks = []
     if not fits:
-        remarks.append(f"{_gib(plan.peak)} GiB are more than {FILLED:.0%} of {gpus.gib:g} GiB.")
+        remarks.append(f"{_gib(plan.peak)} GiB are more than {filled:.0%} of {gpus.gib:g} GiB.")
     if plan.engine_tokens is not None:
         needed = setup.vllm_length or setup.length
         if plan.engine_tokens < needed:
@@ -181,7 +175,8 @@ def judge(request: Request) -> Verdict:
                 f"vLLM's key-value cache holds {plan.engine_tokens:,} tokens, {plan.engine_tokens // needed} sequences of "
                 f"{needed:,}."
             )
-    is_full = setup.zero_stage is None and setup.adapter_parameters is None
+    remarks += uncounted(settings)
+    is_full = setup.zero_stage is None and setup.trains_weights
     if is_full and loses_updates(settings["dtype"], float(settings["learning_rate"])):
         remarks.append(LOST_UPDATES)
     if gpus.count > 1 and request.accelerate is None:
@@ -189,23 +184,33 @@ def judge(request: Request) -> Verdict:
     return Verdict(shape, setup, plan, fits, remarks)
 
 
+def uncounted(settings: dict[str, Any]) -> list[str]:
+    """Return what settings change that a plan does not count."""
+    remarks = [
+        f"{name} is not counted: weights are taken as {settings['dtype']}." for name in QUANTISED if settings[name]
+    ]
+    if settings["optim"] not in ADAM:
+        remarks.append(f"optim {settings['optim']} is not counted: its state is taken as Adam's, two moments.")
+    if settings["attn_implementation"] == "eager":
+        remarks.append("attn_implementation eager is not counted: it keeps heads x length x length scores, sdpa none.")
+    return remarks
+
+
 def make_setup(request: Request, shape: Shape) -> Setup:
     """Return the sizes that a request's memory depends on."""
     settings, accelerate, gpus = request
-    is_gpu = gpus.name != CPU
+    is_gpu = gpus.name.lower() != CPU
     deepspeed = (accelerate or {}).get("deepspeed_config") or {}
-    stage = int(deepspeed.get("zero_stage", 0)) if deepspeed else None
     batch, accumulation = (
-        _whole(settings, "per_device_train_batch_size"),
-        _whole(settings, "gradient_accumulation_steps"),
+        whole(settings, "per_device_train_batch_size"),
+        whole(settings, "gradient_accumulation_steps"),
     )
     if settings["generation_batch_size"] is not None:
-        rollouts = _whole(settings, "generation_batch_size") // gpus.count
+        rollouts = math.ceil(whole(settings, "generation_batch_size") / gpus.count)
     else:
-        steps = settings["steps_per_generation"]
-        rollouts = batch * (accumulation if steps is None else _whole(settings, "steps_per_generation"))
-    prompt = 1024 if settings["max_prompt_length"] is None else _whole(settings, "max_prompt_length")
-    adapters = None
+        rollouts = batch * _whole_or(settings, "steps_per_generation", accumulation)
+    prompt = _whole_or(settings, "max_prompt_length", 1024)
+    adapters, adapter_inputs = None, 0
     if settings["use_peft"]:
         modules = settings["lora_target_modules"] or LORA_MODULES
         modules = [modules] if isinstance(modules, str) else modules
@@ -216,12 +221,15 @@ def make_setup(request: Request, shape: Shape) -> Setup:
             raise UserError(
                 f"lora_target_modules: a plan counts {', '.join(shape.linear_sizes)}, got {sorted(unknown)}."
             )
-        adapters = adapter_parameters(shape, _whole(settings, "lora_r"), modules)
+        adapters = adapter_parameters(shape, whole(settings, "lora_r"), modules)
+        adapter_inputs = sum(shape.linear_sizes[name][1] for name in modules)
     is_l2t = settings["method"] == "l2t"
     probes = 0
     if is_l2t and settings["correctness_estimator"] == "answer_likelihood":
         probe = math.ceil(len(settings["answer_probe"]) / CHARACTERS_PER_TOKEN) + ANSWER_TOKENS
-        probes = probe * (_whole(settings, "max_episodes") + 1)
+        probes = probe * (whole(settings, "max_episodes") + 1)
+    if settings["vllm_mode"] not in VLLM_MODES:
+        raise UserError(f"vllm_mode must be one of {', '.join(VLLM_MODES)}, got {settings['vllm_mode']!r}.")
     is_colocated = settings["use_vllm"] and settings["vllm_mode"] == "colocate"
     return Setup(
         num_processes=gpus.count,
@@ -230,26 +238,31 @@ def make_setup(request: Request, shape: Shape) -> Setup:
         dtype=settings["dtype"] or "float32",
         # Where bf16 is not set, it follows the machine.
         is_mixed=is_gpu if settings["bf16"] is None else settings["bf16"],
-        zero_stage=stage,
+        zero_stage=zero_stage(accelerate),
         offloads_optimizer=deepspeed.get("offload_optimizer_device", "none") != "none",
         offloads_parameters=deepspeed.get("offload_param_device", "none") != "none",
         batch_size=batch,
         accumulation=accumulation,
         rollout_batch_size=rollouts,
         prompt_length=prompt,
-        completion_length=_whole(settings, "max_completion_length"),
+        completion_length=whole(settings, "max_completion_length"),
         checkpoints_activations=bool(settings["gradient_checkpointing"]),
         is_flash="flash" in (settings["attn_implementation"] or ""),
         has_reference=float(settings["beta"]) > 0 and adapters is None,
         adapter_parameters=adapters,
+        adapter_inputs=adapter_inputs,
         uses_vllm=bool(settings["use_vllm"]),
         vllm_share=float(settings["vllm_gpu_memory_utilization"]) if is_colocated else None,
         vllm_sleeps=bool(settings["vllm_enable_sleep_mode"]),
-        vllm_tensor_parallel=_whole(settings, "vllm_tensor_parallel_size"),
-        vllm_length=settings["vllm_max_model_length"],
-        scoring_batch_size=(settings["scoring_batch_size"] or batch) if is_l2t else None,
+        vllm_tensor_parallel=whole(settings, "vllm_tensor_parallel_size"),
+        vllm_length=_whole_or(settings, "vllm_max_model_length", None),
+        scoring_batch_size=_whole_or(settings, "scoring_batch_size", batch) if is_l2t else None,
         num_probe_tokens=probes,
     )
+
+
+def _whole_or(settings: dict[str, Any], name: str, otherwise: int | None) -> int | None:
+    return otherwise if settings[name] is None else whole(settings, name)
 
 
 def changes(request: Request) -> list[tuple[str, Request]]:
@@ -287,7 +300,7 @@ def report(request: Request, verdict: Verdict) -> str:
         f"{gpus.count} x {gpus.name} with {gpus.gib:g} GiB, {stage}; {completions} completions of at most "
         f"{setup.completion_length:,} tokens per optimiser step",
         "",
-        "GiB per GPU, always there",
+        f"GiB per {'GPU' if setup.is_gpu else 'process'}, always there",
     ]
     lines += [f"  {name:<40}{_gib(size):>6}" for name, size in plan.resident.items()]
     for name, items in plan.phases.items():
@@ -327,14 +340,14 @@ def _checkpoint(request: Request) -> Request | None:
 
 def _smaller_batch(request: Request) -> Request | None:
     settings = request.settings
-    batch = _whole(settings, "per_device_train_batch_size")
+    batch = whole(settings, "per_device_train_batch_size")
     if batch == 1:
         return None
     steps = settings["steps_per_generation"]
     return _with(
         request,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=batch * _whole(settings, "gradient_accumulation_steps"),
+        gradient_accumulation_steps=batch * whole(settings, "gradient_accumulation_steps"),
         steps_per_generation=None if steps is None else batch * steps,
     )
 
@@ -344,6 +357,10 @@ def _sleep(request: Request) -> Request | None:
     if not settings["use_vllm"] or settings["vllm_mode"] != "colocate" or settings["vllm_enable_sleep_mode"]:
         return None
     return _with(request, vllm_enable_sleep_mode=True)
+
+
+def _engine(request: Request) -> Request | None:
+    return None if request.settings["use_vllm"] else _with(request, use_vllm=True)
 
 
 def _smaller_engine(request: Request) -> Request | None:
@@ -374,7 +391,7 @@ def _zero(name: str) -> Callable[[Request], Request | None]:
         wanted = read_accelerate(name)
         present = (request.accelerate or {}).get("deepspeed_config") or {}
         offloads = present.get("offload_param_device", "none") != "none"
-        stages = present.get("zero_stage", 0), wanted["deepspeed_config"]["zero_stage"]
+        stages = zero_stage(request.accelerate) or 0, zero_stage(wanted)
         if offloads or stages[0] > stages[1] or (stages[0] == stages[1] and name != "zero3_offload"):
             return None
         return request._replace(accelerate=wanted)
@@ -393,41 +410,13 @@ CHANGES = (
     ("attn_implementation: flash_attention_2 (needs flash-attn)", _flash),
     ("--accelerate_config zero2", _zero("zero2")),
     ("--accelerate_config zero3", _zero("zero3")),
+    ("use_vllm: true", _engine),
     ("vllm_enable_sleep_mode: true", _sleep),
     (f"vllm_gpu_memory_utilization: {SMALL_SHARE}", _smaller_engine),
     ("vllm_mode: server, with l2t serve on other GPUs", _other_gpus),
     ("--accelerate_config zero3_offload", _zero("zero3_offload")),
     ("use_peft: true (LoRA)", _adapters),
 )
-
-
-def _whole(settings: dict[str, Any], name: str) -> int:
-    value = settings[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} must be a whole number, 1 or larger, got {value!r}.")
-    return value
-
-
-def _literal(text: str, otherwise: Any = None) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return otherwise
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        raise UserError(f"config file {path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold one YAML mapping of settings.")
-    return content
 
 
 def _gib(size: int) -> str:
