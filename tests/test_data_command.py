@@ -286,6 +286,8 @@ def test_unknown_names_and_splits(write, tmp_path, monkeypatch, error_of):
     monkeypatch.setenv("L2T_DATA_ROOT", str(tmp_path))
     assert "'gsm8' is no known data set. Did you mean gsm8k" in error_of("show", "gsm8")
     assert error_of("show", "math500", "--split", "train") == "Data set math500 has no split 'train'; it has test."
+    message = error_of("show", "gsm8k", "--answer_column", "gold")
+    assert message.startswith("gsm8k: its columns are known, got question_column None and answer_column 'gold'.")
     assert "tiers [4]" in error_of("show", write([ROWS[0] | {"tier": 1}]), "--tiers", "4")
     message = error_of("to-verl", write(ROWS), "--output", str(tmp_path), "--system_prompt", "x")
     assert message.startswith("--system_prompt is for --form l2t")

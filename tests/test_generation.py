@@ -117,8 +117,8 @@ def test_the_control_has_the_same_rollouts(tmp_path):
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    # None of vLLM's hundreds of lines.
-    assert "INFO" not in finished.stdout + finished.stderr
+    # None of vLLM's hundreds of lines, nor a complaint of its engine at the end.
+    assert "INFO" not in finished.stdout + finished.stderr and "Traceback" not in finished.stderr
     log = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [entry["sampling/sampling_logp_difference/max"] < TOLERANCE for entry in log] == [True, True]
 

@@ -404,7 +404,11 @@ def test_settings_come_from_defaults_recipe_and_command_line():
         ),
         (["--gpus", "8xA100-80", "--set", "scoring_batch_size=0"], "scoring_batch_size must be a whole number"),
         (["--gpus", "8xA100-80", "--set", "vllm_max_model_length=x"], "vllm_max_model_length must be a whole number"),
-        (["--gpus", "8xA100-80", "--prompt_length", "-5"], "max_prompt_length must be a whole number"),
+        (["--gpus", "8xA100-80", "--prompt_length", "-5"], "--prompt_length: got -5; set at least 1"),
+        (
+            ["--gpus", "8xA100-80", "--set", "max_prompt_length=512", "--prompt_length", "513"],
+            "--prompt_length: got 513; set at least 1 and at most max_prompt_length (512).",
+        ),
         (["--gpus", "8xA100-80", "--accelerate_config", "zero9"], "accelerate_config 'zero9' is neither"),
         (["--gpus", "8xA100-80", "--set", "model_name_or_path=some/model"], "some/model is no local folder"),
     ],

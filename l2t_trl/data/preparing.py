@@ -60,6 +60,11 @@ def read_splits(request: Request, say: Callable[[str], None]) -> dict[str, list[
     Raises:
         UserError: if the data set is not known, cannot be read, has no rows, or lacks a split or a column.
     """
+    if request.name in SOURCES and (request.question_column or request.answer_column):
+        raise UserError(
+            f"{request.name}: its columns are known, got question_column {request.question_column!r} and answer_column "
+            f"{request.answer_column!r}. Leave both out, or name a file."
+        )
     wanted = request.splits or (tuple(SOURCES[request.name].splits) if request.name in SOURCES else SPLITS)
     splits = {}
     for split in wanted:

@@ -136,6 +136,11 @@ class RolloutEngine(VLLMGeneration):
             self._on_main_process(lambda: self.vllm_client.raise_failure())
         return output
 
+    def close(self) -> None:
+        """End an engine in this process, which would do so at exit and fail where the process groups are gone by then."""
+        if self.mode == "colocate":
+            self.llm.llm_engine.engine_core.shutdown()
+
     def _on_main_process(self, function: Callable[[], None], failure: str | None = None) -> None:
         """Call a function on the main process, unless it has failed before; what fails there is raised on all ranks."""
         if self.accelerator.is_main_process and failure is None:

@@ -102,6 +102,10 @@ def request_of(args: argparse.Namespace) -> Request:
     """Return what the command line asks for."""
     settings = read_settings(args.config, args.set)
     if args.prompt_length is not None:
+        longest = settings["max_prompt_length"]
+        if args.prompt_length < 1 or (isinstance(longest, int) and args.prompt_length > longest):
+            limit = "" if longest is None else f" and at most max_prompt_length ({longest})"
+            raise UserError(f"--prompt_length: got {args.prompt_length}; set at least 1{limit}.")
         settings["max_prompt_length"] = args.prompt_length
     return Request(settings, read_accelerate(args.accelerate_config), parse_gpus(args.gpus))
 

@@ -319,6 +319,8 @@ def main(script_args, training_args, model_args):
         say(f"{contents}: {os.path.abspath(training_args.output_dir)}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if training_args.use_vllm:
+        trainer.vllm_generation.close()
     trainer.accelerator.end_training()
 
 
