@@ -27,7 +27,7 @@ class L2TConfig(GRPOConfig):
             Weight alpha of the episode rewards beside the outcome reward (Eq. 2). 0 turns the process reward off.
         compression_coef (`float`, *optional*, defaults to `0.6`):
             Weight beta of the compression penalty inside an episode reward (Eq. 3). 0 turns the penalty off.
-        advantage_form (`str`, *optional*, defaults to `"return_to_go"`):
+        advantage_form (`str`, *optional*, defaults to `"paper"`):
             How rewards become token advantages: `"paper"` (Sec. 4.3, guarded), `"episode"`, `"return_to_go"` or
             `"sequence"`. See `l2t_trl.advantages`.
         token_credit (`str`, *optional*, defaults to `"surprise"`):
@@ -101,7 +101,7 @@ class L2TConfig(GRPOConfig):
         default=0.6, metadata={"help": "Weight beta of the compression penalty inside an episode reward (0: off)."}
     )
     advantage_form: Literal["paper", "episode", "return_to_go", "sequence"] = field(
-        default="return_to_go", metadata={"help": "How outcome and episode rewards become token advantages."}
+        default="paper", metadata={"help": "How outcome and episode rewards become token advantages."}
     )
     token_credit: Literal["surprise", "uniform"] = field(
         default="surprise", metadata={"help": "How the form 'paper' shares an episode's reward among its tokens."}

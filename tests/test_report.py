@@ -102,7 +102,7 @@ def test_settings_are_read_from_a_trainers_configuration(tmp_path):
     config = L2TConfig(output_dir=str(tmp_path), compression_coef=0.3, use_cpu=True, bf16=False, report_to="none")
     (path, *_) = write_report(tmp_path, BEFORE, AFTER, [], config)
     recipe = json.loads(path.read_text())["config"]
-    assert (recipe["compression_coef"], recipe["advantage_form"], recipe["seed"]) == (0.3, "return_to_go", 42)
+    assert (recipe["compression_coef"], recipe["advantage_form"], recipe["seed"]) == (0.3, "paper", 42)
     assert "| `compression_coef` | `0.3` |" in model_card_sections(BEFORE, AFTER, config)
 
 
