@@ -120,6 +120,20 @@ def test_round_trip_of_several_golds(tmp_path, monkeypatch, args, tiny_tokenizer
     assert raw["answer"][:] == ["60", "080"] and raw["accepted_answers"][1] == ["080", "081"]
 
 
+def test_tiers_and_verifiers_are_kept(tmp_path, args, tiny_tokenizer):
+    rows = [
+        {"question": "A?", "answer": "1", "tier": 2, "reasoning_task": "countdown"},
+        {"question": "B?", "answer": "2", "tier": None, "reasoning_task": None},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "to-verl", str(tmp_path / "mine.jsonl"), "--output", str(tmp_path)]) == 0
+    file = tmp_path / "mine" / "train.parquet"
+    written = load_dataset("parquet", data_files=str(file), split="train")
+    assert [row["tier"] for row in written["extra_info"]] == [2, None]
+    train, _ = load_rows(L2TScriptArguments(dataset_name=str(file)), args, tiny_tokenizer)
+    assert train["tier"][:] == [2, None] and train["reasoning_task"][:] == ["countdown", None]
+
+
 def test_system_prompt_and_instruction_of_the_run_come_on_top(tmp_path, args, tiny_tokenizer):
     path = write_parquet(tmp_path / "rows.parquet", [to_verl("Q?", "1", "1", "math-ai/amc23", "test", 0)])
     script = L2TScriptArguments(dataset_name=path, system_prompt="Be brief.", instruction="Box it.")

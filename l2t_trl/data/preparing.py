@@ -14,7 +14,7 @@ from l2t_trl.data.generated import find_generated, generate_rows
 from l2t_trl.data.loading import find_columns, no_column, no_split, read_rows
 from l2t_trl.data.registry import ACCEPTED, BY_HUB_ID, SOURCES, plain_gold
 from l2t_trl.data.resolving import RAW_ANSWER, benchmark_overlap, resolve_split
-from l2t_trl.data.verl import from_verl, is_verl, to_verl
+from l2t_trl.data.verl import KEPT, from_verl, is_verl, to_verl
 from l2t_trl.errors import UserError
 from l2t_trl.files import write_whole
 
@@ -206,6 +206,7 @@ def verl_rows(
     """
     source = SOURCES.get(request.name) or BY_HUB_ID.get(request.name)
     has_several = any(row.get(ACCEPTED) for row in rows)
+    kept = [name for name in KEPT if any(row.get(name) is not None for row in rows)]
     if rows and all("data_source" in row and "ability" in row for row in rows):
         raise UserError(f"{request.name} is in verl's layout already; its questions would get a second instruction.")
     converted = []
@@ -228,6 +229,7 @@ def verl_rows(
             form,
             system_prompt,
         )
+        one["extra_info"] |= {name: row.get(name) for name in kept}
         if has_several:
             one["extra_info"][ACCEPTED] = row.get(ACCEPTED) or [row["answer"]]
         converted.append(one)

@@ -16,6 +16,8 @@ BOXED_INSTRUCTIONS = {
     "l2t": "Please reason step by step, and put your final answer within \\boxed{}.",
 }
 FORMS = tuple(HASH_INSTRUCTIONS)
+# Columns of ours that extra_info keeps: difficulty, and the task of reasoning-gym whose verifier judges the answer.
+KEPT = ("tier", "reasoning_task")
 # The request of the authors' preprocessing (episodes inside <think>, one logical move each) in words of our own.
 L2T_SYSTEM_PROMPT = """\
 You are a helpful assistant. Think before you answer, and write your thoughts between <think> and </think>.
@@ -80,12 +82,14 @@ def from_verl(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     Return a row of verl's layout with `prompt`, `answer` and, where there are several golds, `accepted_answers`.
 
-    The prompt stays as it is, instruction and system prompt included; `data_source` and `ability` stay, too.
+    The prompt stays as it is, instruction and system prompt included; `data_source` and `ability` stay, too, and what
+    was kept in `extra_info` (`KEPT`) is a column again.
     """
-    truth = row["reward_model"]["ground_truth"]
+    truth, extra = row["reward_model"]["ground_truth"], row.get("extra_info") or {}
     rest = {key: value for key, value in row.items() if key not in ("reward_model", "extra_info")}
+    rest |= {name: extra[name] for name in KEPT if extra.get(name) is not None}
     # Several golds are ours to keep in extra_info; others make ground_truth a list.
-    several = truth if isinstance(truth, list) else (row.get("extra_info") or {}).get(ACCEPTED)
+    several = truth if isinstance(truth, list) else extra.get(ACCEPTED)
     golds = [plain_gold(gold) for gold in several] if isinstance(several, list) else None
     answer = plain_gold(truth) if not isinstance(truth, list) else next(iter(golds), None)
     return rest | {"answer": answer} | ({ACCEPTED: golds} if golds else {})
