@@ -27,7 +27,7 @@ RUNS = {
 TOLERANCE = 1e-4
 
 
-def start(folder, output, runs, config=None, num_processes=1, options=(), timeout=300):
+def start(folder, output, runs, config=None, num_processes=1, options=(), timeout=600):
     """Run and return the finished process, its output in `stdout`."""
     command = [str(TESTS / "sharded_run.py"), "--model", str(folder), "--output", str(output)]
     command += ["--runs", json.dumps(runs)]
