@@ -21,8 +21,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
         try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
+            os.fsync(file.fileno())
             os.chmod(file.name, mode)
             os.replace(file.name, path)
-        except OSError:
+        except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise

@@ -284,10 +284,12 @@ def to_dataset(rows: Sequence[dict[str, Any]], name: str, script_args, training_
 def no_column(name: str, column: str, setting: str, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     """Return what to say of a data set without a column that is wanted."""
     not_verl = [number for number, row in enumerate(rows) if not is_verl([row])]
-    hint = " Nor is it in verl's layout (prompt, and reward_model with ground_truth)" if ".parquet" in name else ""
+    layout, hint = "in verl's layout (prompt, and reward_model with ground_truth)", ""
     if 0 < len(not_verl) < len(rows):
-        hint = f" Only a part of it is in verl's layout (prompt, and reward_model with ground_truth), but not {list_rows(not_verl)}"
-    return f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.{hint}{'.' if hint else ''}"
+        hint = f" Only a part of it is {layout}, but not {list_rows(not_verl)}."
+    elif ".parquet" in name:
+        hint = f" Nor is it {layout}."
+    return f"{name}: no column {column!r} ({setting}); its columns are {', '.join(names)}.{hint}"
 
 
 def find_columns(

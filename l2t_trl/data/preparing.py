@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -265,27 +264,24 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]):
     Raises:
         UserError: if the file cannot be written, for example because the disk is full.
     """
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        if path.suffix == ".parquet":
-            from datasets import Dataset
-
-            # In memory first: pyarrow ends the process where a file on a full disk takes no more.
-            content = io.BytesIO()
-            Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}).to_parquet(content)
-            write_whole(path, content.getvalue())
-        else:
-            with open(partial, "w", encoding="utf-8") as file:
-                for row in rows:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+        write_whole(path, _parquet(rows) if path.suffix == ".parquet" else _json_lines(rows))
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}. If it was there before, it is as it was. Make room, "
             "or set another --output."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+    from datasets import Dataset
+
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    # In memory: pyarrow ends the process where a file on a full disk takes no more.
+    content = io.BytesIO()
+    Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}).to_parquet(content)
+    return content.getvalue()
